@@ -1,0 +1,131 @@
+"""Inference glue: stages gate outputs, masks and statistics for an evicting cache around an unforked forward."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from retention.attach.chunks import chunk_ends, run_chunks
+from retention.attach.facts import TokenFacts, attached, register_attention, valid_tokens
+from retention.cache.config import CacheConfig
+from retention.cache.evicting import EvictingCache
+from retention.cache.layer import EvictingLayer
+from retention.gates import RetentionGates
+from retention.models import family_of
+from retention.models.family import decoder_of, model_shape, rope_frequencies
+from retention.policies import Policy
+from retention.policies.collect import Observation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "retention_hard"
+
+
+def evicting_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, retention_layer: EvictingLayer | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' interface: SDPA, with the layer's own mask once it has evicted."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if retention_layer is not None:
+        queries, groups = query.shape[2], query.shape[1] // key.shape[1]
+        if retention_layer.store.counts is not None:
+            attention_mask = retention_layer.attention_mask(queries, groups)
+        if retention_layer.owner.observing(queries):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            retention_layer.observe(Observation(query, key, retention_layer.visible(queries), scale))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def new_cache(
+    model: "PreTrainedModel", policy: Policy, config: CacheConfig, *, extra_collectors: Iterable[str] = (), packed: bool = False
+) -> EvictingCache:
+    """An empty evicting cache for a model; layers that cannot be evicted keep transformers' own."""
+    from transformers import DynamicCache
+
+    shape = model_shape(model)
+    stock = DynamicCache(config=model.config.get_text_config()).layers
+    layers = [None if i in shape.layers else layer for i, layer in enumerate(stock)]
+    needs_rope = packed or config.positions == "packed"
+    rope = rope_frequencies(model, family_of(model)) if needs_rope else None
+    return EvictingCache(shape, layers, policy, config, extra_collectors=extra_collectors, inv_freq=rope)
+
+
+@contextmanager
+def evicting(
+    model: "PreTrainedModel", policy: Policy, config: CacheConfig | None = None, *, gates: RetentionGates | None = None,
+    extra_collectors: Iterable[str] = (), packed: bool = False,
+) -> Iterator[EvictingCache]:
+    """Inside the block, forwards and `generate()` with the yielded cache (or its forks) evict as configured.
+
+    `extra_collectors` and `packed=True` prepare a cache whose forks may use other policies or packed
+    positions. On exit the model is exactly as before; the cache stays readable.
+
+    Raises:
+        ValueError: when the policy needs gates and none are given, the gates do not fit, or the model is attached already.
+    """
+    config = config or CacheConfig()
+    if policy.needs_gates and gates is None:
+        raise ValueError(f"{type(policy).__name__} ranks by trained gates and none were given; pass gates=RetentionGates...")
+    if gates is not None:
+        gates.check(model)
+    cache = new_cache(model, policy, config, extra_collectors=extra_collectors, packed=packed)
+    register_attention(NAME, evicting_attention)
+    with ExitStack() as stack:
+        stack.enter_context(attached(model, NAME))
+        for hook in _install(model, cache.shape.layers, gates):
+            stack.callback(hook.remove)
+        stack.enter_context(_decoder_forward(model))
+        yield cache
+
+
+def _install(model: "PreTrainedModel", layers: tuple[int, ...], gates: RetentionGates | None) -> list[Any]:
+    """Hooks on attention that stage the gate's output and hand the layer to the attention function."""
+
+    @torch.no_grad()
+    def before_attention(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, EvictingCache):
+            return None
+        layer = cache.layers[module.layer_idx]
+        if gates is not None and "gate" in cache.collectors:
+            layer.staged = gates(layers.index(module.layer_idx), kwargs["hidden_states"])
+        return args, {**kwargs, "retention_layer": layer}
+
+    decoder = decoder_of(model)
+    modules = [decoder.layers[i].self_attn for i in layers]
+    return [m.register_forward_pre_hook(before_attention, with_kwargs=True) for m in modules]
+
+
+@contextmanager
+def _decoder_forward(model: "PreTrainedModel") -> Iterator[None]:
+    """Tell the cache before and after each forward of the decoder, running long prompts chunk by chunk."""
+    decoder, facts = decoder_of(model), TokenFacts(family_of(model), model.config)
+    hook = model.register_forward_pre_hook(facts.catch, with_kwargs=True)
+    original = decoder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, EvictingCache):
+            return original(*args, **kwargs)
+        inputs = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        batch, tokens = inputs.shape[:2]
+        mask = kwargs.get("attention_mask")
+        valid = valid_tokens(mask, batch, tokens, inputs.device)
+        visual = facts.take(batch, tokens, inputs.device)
+        cache.expected = cache.seen() + valid.sum(1) if cache.columns else valid.sum(1)
+        ends = chunk_ends(cache.config, visual, tokens)
+        return run_chunks(original, args, kwargs, cache, ends, valid, visual)
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward
+        hook.remove()

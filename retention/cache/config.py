@@ -1,0 +1,58 @@
+"""How much stays and when eviction runs: everything about a cache that is not its policy."""
+
+from dataclasses import dataclass, field
+
+from retention.budget import ALLOCATORS, Budget
+
+SELECTORS = ("head", "layer", "global", "threshold")
+
+
+@dataclass
+class CacheConfig:
+    """Budget, factors that override the policy's own, protection, trigger, positions."""
+
+    budget: Budget = field(default_factory=lambda: Budget(0.1, "fraction"))
+    """Average kept entries per layer and KV head."""
+    allocator: str | None = None
+    """uniform, global or quota; null is the policy's own."""
+    selector: str | None = None
+    """head, layer, global or threshold; null is the policy's own."""
+    threshold: float | None = None
+    """Smallest kept score, for selector=threshold."""
+    quota: list[list[float]] | None = None
+    """Shares per layer and head, for allocator=quota."""
+    min_per_head: int = 0
+    """Entries every head keeps under the global selector."""
+    sink_size: int = 0
+    """First tokens that always stay, inside the budget."""
+    recent_size: int = 0
+    """Newest tokens that always stay, inside the budget."""
+    positions: str = "original"
+    """original (keys keep the rotation they were written with) or packed (re-rotated to be contiguous)."""
+    prefill_chunk: int | None = None
+    """Evict after every chunk of this many prompt tokens; null evicts once, after the whole prompt."""
+    chunk_by_image: bool = False
+    """Evict after every image of the prompt: the peak is the budget plus one image."""
+    evict_every: int | None = None
+    """Evict every so many decoded tokens; null lets decoded tokens stay."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.allocator in (None, *ALLOCATORS), f"cache.allocator among {', '.join(ALLOCATORS)}", self.allocator),
+            (self.selector in (None, *SELECTORS), f"cache.selector among {', '.join(SELECTORS)}", self.selector),
+            (self.positions in ("original", "packed"), "cache.positions original or packed", self.positions),
+            ((self.selector == "threshold") == (self.threshold is not None), "cache.threshold exactly when selector=threshold", self.threshold),
+            (self.prefill_chunk is None or self.prefill_chunk >= 1, "cache.prefill_chunk of at least 1", self.prefill_chunk),
+            (self.evict_every is None or self.evict_every >= 1, "cache.evict_every of at least 1", self.evict_every),
+            (self.prefill_chunk is None or not self.chunk_by_image, "cache.prefill_chunk or cache.chunk_by_image, not both", True),
+            (min(self.sink_size, self.recent_size, self.min_per_head) >= 0, "cache sizes of 0 or more", "a negative one"),
+        )
+        for holds, expected, got in checks:
+            if not holds:
+                raise ValueError(f"expected {expected}, got {got!r}")
+        protected = self.sink_size + self.recent_size
+        if self.budget.unit == "tokens" and protected and self.budget.amount <= protected:
+            raise ValueError(
+                f"expected a budget above sink_size + recent_size = {protected}, got {self.budget.amount:g} tokens; "
+                "raise cache.budget or lower the protected sizes"
+            )

@@ -1,0 +1,53 @@
+"""Bytes by item: what a cache really holds, now, at its peak, and what an ideal store would need."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+ITEMS = ("keys", "values", "scores", "positions", "statistics", "layout", "staging")
+
+
+@dataclass
+class Ledger:
+    """Rows of bytes by item; `peak` is the largest physical total so far, transients included."""
+
+    physical: dict[str, int]
+    logical: dict[str, int]
+    peak: int
+
+    @property
+    def total(self) -> int:
+        """Physical bytes held now."""
+        return sum(self.physical.values())
+
+    @property
+    def logical_total(self) -> int:
+        """Bytes of an ideal packed store of the same entries."""
+        return sum(self.logical.values())
+
+
+def physical_bytes(tensors: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
+    """Allocated bytes by item; storage shared between tensors is counted once, under its first item."""
+    known: set[int] = set()
+    rows = dict.fromkeys(ITEMS, 0)
+    for item, group in tensors.items():
+        for tensor in group:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                rows[item] += storage.nbytes()
+    return rows
+
+
+@dataclass
+class PeakMeter:
+    """Remembers the largest total it was told."""
+
+    peak: int = 0
+    _last: int = field(default=0, repr=False)
+
+    def note(self, total: int) -> None:
+        """Record a total in bytes."""
+        self._last = total
+        self.peak = max(self.peak, total)

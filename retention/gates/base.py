@@ -1,0 +1,188 @@
+"""Retention gates: from the attention input of each layer to `log_beta`, one number per token and KV head."""
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from retention import checkpoint
+from retention.models.family import fingerprint, model_shape
+from retention.ops.decay import log_beta_from_score, offset_for_half_life
+from retention.types import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INIT_STD = 0.02
+
+
+@dataclass
+class GateConfig(ABC):
+    """An architecture of gates; `build` makes its modules for a model's shape."""
+
+    name: ClassVar[str]
+
+    gate_hidden: int | None = None
+    """Width of the gate's hidden layers; null means 512, or 7/16 of a small model's hidden size."""
+    init_half_life: float = 10_000.0
+    """Half-life in tokens at the start of training."""
+
+    def __post_init__(self) -> None:
+        if self.gate_hidden is not None and self.gate_hidden < 0:
+            raise ValueError(f"expected gate.gate_hidden of 0 (linear) or more, got {self.gate_hidden}")
+        offset_for_half_life(self.init_half_life)
+
+    @abstractmethod
+    def build(self, shape: ModelShape) -> "GateStack":
+        """Fresh modules for a model of this shape."""
+
+    def width(self, shape: ModelShape) -> int:
+        """The hidden width, resolved for a model."""
+        return min(512, shape.hidden_size * 7 // 16) if self.gate_hidden is None else self.gate_hidden
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the architecture's name."""
+        return {"name": self.name, **asdict(self)}
+
+
+class GateStack(nn.Module):
+    """Per-layer trunks and, where the architecture shares one, a head for all layers."""
+
+    def __init__(self, layers: nn.ModuleList, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layers = layers
+        self.shared = shared
+
+    def score(self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens kv_heads"]:
+        """Pre-activation of the gate, last projection in fp32."""
+        features = self.layers[layer](hidden_states)
+        return features if self.shared is None else self.shared(features)
+
+
+class Head(nn.Module):
+    """A last projection with its offset, both fp32: `s = W phi + offset`."""
+
+    def __init__(self, width: int, outputs: int, offsets: int, half_life: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, width))
+        self.offset = nn.Parameter(torch.full((offsets,), offset_for_half_life(half_life)))
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch outputs"]:
+        """fp32 whatever the trunk's dtype."""
+        return features.float() @ self.weight.T.float() + self.offset.float()
+
+
+def projection(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer with weights N(0, 0.02) and zero bias (public code of arXiv 2512.03324)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["kv-cache"]):
+    """The trainable part of the framework: gates for all layers of one frozen base, and their artefact."""
+
+    def __init__(self, config: GateConfig, shape: ModelShape, base: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._hub_mixin_config = None
+        self.config = config
+        self.shape = shape
+        self.base = base or {}
+        self.training_record: dict[str, Any] = {}
+        self.stack = config.build(shape)
+
+    @classmethod
+    def for_model(cls, config: GateConfig, model: "PreTrainedModel") -> "RetentionGates":
+        """Fresh gates that fit a frozen model, on its device."""
+        base = {"name_or_path": model.config.name_or_path, **fingerprint(model)}
+        return cls(config, model_shape(model), base).to(model.device)
+
+    def forward(
+        self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]
+    ) -> Float[Tensor, "batch kv_heads tokens"]:
+        """`log_beta` of every token for evictable layer number `layer`, fp32, at most 0."""
+        trunk = next(self.stack.layers[layer].parameters())
+        score = self.stack.score(layer, hidden_states.to(trunk.dtype))
+        return log_beta_from_score(score).transpose(1, 2)
+
+    def check(self, model: "PreTrainedModel") -> None:
+        """Refuse a model these gates were not trained for.
+
+        Raises:
+            ValueError: naming both values of the first thing that differs.
+        """
+        expected, got = self.shape, model_shape(model)
+        for field, word in (
+            ("model_type", "family"), ("num_layers", "evictable layers"), ("num_kv_heads", "KV heads per layer"),
+            ("hidden_size", "hidden features"), ("layers", "evictable layer indices"),
+        ):
+            ours, theirs = getattr(expected, field), getattr(got, field)
+            if ours != theirs:
+                raise ValueError(f"gates were trained for {word} {ours}, the model has {theirs}; load the matching base or gates")
+        current = fingerprint(model)
+        for key in ("config_hash", "weight_hash"):
+            if self.base.get(key) not in (None, current[key]):
+                raise ValueError(
+                    f"gates were trained on base {self.base.get('name_or_path')!r} ({key} {self.base[key]}), the model is "
+                    f"{model.config.name_or_path!r} ({key} {current[key]}); load the base they were trained on"
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors under their artefact names: `layers.<i>.<param>` and, stored once, `shared.<param>`."""
+        return dict(self.stack.state_dict())
+
+    def card_config(self) -> dict[str, Any]:
+        """Everything `gate_config.json` holds."""
+        from retention.provenance import package_versions
+
+        return {
+            "format_version": checkpoint.FORMAT_VERSION, "base": self.base, "shape": self.shape.to_dict(),
+            "gate": self.config.to_dict(), "memory": None, "training": self.training_record,
+            "conventions": {"log_beta": "fp32, at most 0", "eviction_age": "seen - position", "age_offset": 0},
+            "versions": package_versions(),
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from retention.gates.card import model_card
+
+        config = self.card_config()
+        checkpoint.write(Path(save_directory), config, self.tensors(), model_card(config))
+
+    def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
+        """Write the artefact atomically; with `push_to_hub=True` also upload it."""
+        folder = Path(save_directory)
+        if hub.pop("push_to_hub", False):
+            hub.setdefault("repo_id", folder.name)
+            self._save_pretrained(folder)
+            return self.push_to_hub(**hub)
+        self._save_pretrained(folder)
+        return None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **hub: Any) -> "RetentionGates":
+        """Read an artefact from a folder or a hub id.
+
+        Raises:
+            ValueError: when it is missing, damaged, of a newer format, or its tensors do not fit its config.
+        """
+        from retention.gates import gate_from_dict
+
+        local = os.path.isdir(name) or "/" not in str(name) or str(name).startswith((".", "/"))
+        folder = Path(name) if local else Path(snapshot_download(str(name), allow_patterns=["gate_*", "README.md"], **hub))
+        config, tensors = checkpoint.read(folder)
+        shape = ModelShape(**{**config["shape"], "layers": tuple(config["shape"]["layers"])})
+        gates = cls(gate_from_dict(config["gate"]), shape, config["base"])
+        try:
+            gates.stack.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"the tensors in {folder} do not fit its config: {str(error).splitlines()[-1].strip()}") from error
+        gates.training_record = config["training"]
+        return gates.eval()

@@ -1,0 +1,59 @@
+"""DBTrimKV's gates: features per layer, one scoring projection for the whole model (arXiv 2605.09649)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from retention.gates.base import GateConfig, GateStack, Head, projection
+from retention.types import ModelShape
+
+
+@dataclass
+class DBTrim(GateConfig):
+    """`phi_l = act(W2 act(W1 x))` per layer; the last projection is shared, so scores compare across layers.
+
+    `scoring: rows`: head h of every layer is scored by row h of one shared W and offset (public code).
+    `scoring: scalar`: phi_l is cut into one feature vector per head, and a single (w, offset) scores them all
+    (the paper's prose; the feature width per head, gate_hidden / heads, is a reconstruction).
+    """
+
+    name: ClassVar[str] = "dbtrim"
+
+    scoring: str = "rows"
+    """rows or scalar: what the shared projection shares."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scoring not in ("rows", "scalar"):
+            raise ValueError(f"expected gate.scoring rows or scalar, got {self.scoring!r}")
+        if self.gate_hidden == 0:
+            raise ValueError("expected gate.gate_hidden above 0 for dbtrim, got 0; a linear gate is gate=trim gate.gate_hidden=0")
+
+    def build(self, shape: ModelShape) -> GateStack:
+        """Two-layer trunks per evictable layer and one shared head."""
+        width, heads = self.width(shape), shape.num_kv_heads
+        if self.scoring == "rows":
+            head: nn.Module = Head(width, heads, heads, self.init_half_life)
+        else:
+            if width % heads:
+                raise ValueError(f"scoring scalar cuts gate_hidden by head: expected a multiple of {heads}, got {width}")
+            head = ScalarHead(heads, width // heads, self.init_half_life)
+        trunks = (
+            nn.Sequential(projection(shape.hidden_size, width), nn.SiLU(), projection(width, width), nn.SiLU())
+            for _ in shape.layers
+        )
+        return GateStack(nn.ModuleList(trunks), head)
+
+
+class ScalarHead(Head):
+    """One (w, offset) for every layer and head: `s_h = w . phi_h + offset`."""
+
+    def __init__(self, heads: int, width: int, half_life: float) -> None:
+        super().__init__(width, 1, 1, half_life)
+        self.heads = heads
+
+    def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch outputs"]:
+        """One score per head, from its slice of the features."""
+        return super().forward(features.unflatten(-1, (self.heads, -1))).squeeze(-1)

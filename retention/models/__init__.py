@@ -1,0 +1,32 @@
+"""Supported architectures, keyed by transformers' `model_type`."""
+
+from typing import TYPE_CHECKING
+
+from retention.models.family import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "llava": Family(visual_token_attributes=("image_token_id",)),
+    "qwen3": Family(),
+}
+
+
+def family_of(model: "PreTrainedModel") -> Family:
+    """The model's family.
+
+    Raises:
+        ValueError: for an architecture that is not supported, naming those that are.
+    """
+    model_type = model.config.model_type
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"expected a model of a supported family ({', '.join(sorted(FAMILIES))}), got model_type {model_type!r}; "
+            "CONTRIBUTING.md says how to add a family"
+        )
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Family", "family_of"]

@@ -1,0 +1,48 @@
+"""Age, log retention and half-life: the only place that defines `age`."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def age(
+    query_positions: Int[Tensor, "*batch queries"], key_positions: Int[Tensor, "*batch keys"]
+) -> Int[Tensor, "*batch queries keys"]:
+    """Query position minus key position: 0 on the diagonal, negative for keys in the future."""
+    return query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
+
+
+def log_alpha(
+    log_beta: Float[Tensor, "batch kv_heads keys"],
+    positions: Int[Tensor, "batch kv_heads keys"],
+    seen: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch kv_heads keys"]:
+    """Log retention of cached tokens at the next query, `(seen - position) * log_beta`, fp32.
+
+    The newest token has exponent 1: the training age evaluated one query later (arXiv 2512.03324, eq. 5;
+    the public code ranks with exponent `seen + 1 - position`).
+    """
+    return (seen[:, None, None] - positions).float() * log_beta.float()
+
+
+def half_life(log_beta: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Tokens after which retention has halved, `ln 2 / -log_beta`; inf where the gate never forgets."""
+    return math.log(2) / -log_beta.float()
+
+
+def offset_for_half_life(tokens: float) -> float:
+    """Gate offset whose sigmoid retains one half after `tokens` tokens: `-log(expm1(ln 2 / tokens))`.
+
+    Raises:
+        ValueError: for a half-life that is not positive.
+    """
+    if not tokens > 0:
+        raise ValueError(f"expected a half-life above 0 tokens, got {tokens}; set init_half_life to e.g. 10000")
+    return -math.log(math.expm1(math.log(2) / tokens))
+
+
+def log_beta_from_score(score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Log of the per-step retention of a gate's pre-activation, fp32: `logsigmoid(score)`."""
+    return torch.nn.functional.logsigmoid(score.float())

@@ -1,0 +1,163 @@
+"""Draws scenes of keyed needles: images of cells, each a glyph, a handwritten digit or background."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from retention.embedded import DECOYS, LETTERS, glyphs, scans
+
+COLOURS = {"red": (1.0, 0.25, 0.2), "green": (0.25, 0.95, 0.3), "blue": (0.35, 0.5, 1.0)}
+BLANK, DIGIT0, KEY0 = 0, 1, 11
+N_KEYS = len(LETTERS) * len(COLOURS)
+GRID = 4
+PLACEMENT_TRIES = 50
+
+
+@dataclass
+class Needle:
+    """A key glyph at (image, row, column) with its digit in the cell to the right."""
+
+    key: int
+    digit: int
+    image: int
+    row: int
+    column: int
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Colour and letter of the key glyph."""
+        colour, letter = divmod(self.key, len(LETTERS))
+        return list(COLOURS)[colour], LETTERS[letter]
+
+
+@dataclass
+class Scene:
+    """Images with their needles; `cells` holds BLANK, DIGIT0 + digit or KEY0 + key per cell."""
+
+    images: UInt8[np.ndarray, "images height width 3"]
+    cells: Int[np.ndarray, "images rows columns"]
+    needles: list[Needle]
+
+
+def key_index(colour: str, letter: str) -> int:
+    """Index of a (colour, letter) key in [0, 78)."""
+    return list(COLOURS).index(colour) * len(LETTERS) + LETTERS.index(letter)
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    keys: Int[np.ndarray, " keys"],
+    *,
+    n_images: int,
+    split: str,
+    orphans: int = 2,
+    decoys: int = 2,
+) -> Scene:
+    """Spread one needle per key round-robin over the images and draw them.
+
+    Each image also holds up to `orphans` digits without a key (never right of a key) and up to `decoys`
+    glyphs that are no key. Needles that do not fit are never dropped: the image is placed again.
+
+    Raises:
+        ValueError: when more needles are asked for than the images can hold.
+    """
+    per_image = [keys[i::n_images] for i in range(n_images)]
+    if len(per_image[0]) > GRID * (GRID // 2):
+        raise ValueError(f"{len(keys)} needles do not fit {n_images} images of {GRID} x {GRID} cells")
+    cells = np.zeros((n_images, GRID, GRID), np.int64)
+    decoy = np.full((n_images, GRID, GRID), -1)
+    needles: list[Needle] = []
+    for image, own in enumerate(per_image):
+        places = _place(rng, len(own))
+        for key, (row, column) in zip(own.tolist(), places, strict=True):
+            digit = int(rng.integers(10))
+            cells[image, row, column : column + 2] = KEY0 + key, DIGIT0 + digit
+            needles.append(Needle(key, digit, image, row, column))
+        _fill(rng, cells[image], decoy[image], orphans, decoys)
+    return Scene(_paint(rng, cells, decoy, split), cells, needles)
+
+
+def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Non-overlapping (row, column) of `count` horizontal key-digit pairs."""
+    for _ in range(PLACEMENT_TRIES):
+        free, places = np.ones((GRID, GRID), bool), []
+        for slot in rng.permutation(GRID * (GRID - 1))[: 4 * GRID]:
+            row, column = divmod(int(slot), GRID - 1)
+            if len(places) < count and free[row, column : column + 2].all():
+                free[row, column : column + 2] = False
+                places.append((row, column))
+        if len(places) == count:
+            return places
+    return [(i // 2, 2 * (i % 2)) for i in range(count)]
+
+
+def _fill(rng: np.random.Generator, cells: np.ndarray, decoy: np.ndarray, orphans: int, decoys: int) -> None:
+    """Put unkeyed digits and decoy glyphs into blank cells of one image, in place."""
+    after_key = np.zeros_like(cells, bool)
+    after_key[:, 1:] = cells[:, :-1] >= KEY0
+    blank = rng.permutation(np.flatnonzero((cells == BLANK) & ~after_key))
+    n_orphans = min(int(rng.integers(orphans + 1)), len(blank))
+    for slot in blank[:n_orphans]:
+        cells.flat[slot] = DIGIT0 + rng.integers(10)
+    for slot in blank[n_orphans : n_orphans + int(rng.integers(decoys + 1))]:
+        decoy.flat[slot] = rng.integers(len(DECOYS))
+
+
+def _paint(
+    rng: np.random.Generator, cells: np.ndarray, decoy: np.ndarray, split: str
+) -> UInt8[np.ndarray, "images height width 3"]:
+    """Render cells to RGB: glyphs and digits over darkened background."""
+    n = len(cells)
+    pictures, labels = scans(split)
+    ground = _background(rng, n)
+    ink = np.zeros((n, GRID, GRID, 8, 8, 3), np.float32)
+    covered = (cells != BLANK) | (decoy >= 0)
+    palette = np.array(list(COLOURS.values()), np.float32)
+
+    where = np.nonzero((cells >= DIGIT0) & (cells < KEY0))
+    if len(where[0]):
+        ink[where] = _digits(rng, cells[where] - DIGIT0, pictures, labels)
+    where = np.nonzero(cells >= KEY0)
+    if len(where[0]):
+        colour, letter = np.divmod(cells[where] - KEY0, len(LETTERS))
+        ink[where] = _glyphs(rng, letter, palette[colour])
+    where = np.nonzero(decoy >= 0)
+    if len(where[0]):
+        ink[where] = _glyphs(rng, len(LETTERS) + decoy[where], palette[rng.integers(3, size=len(where[0]))])
+
+    ground = np.where(covered[..., None, None, None], ground * 0.35, ground)
+    image = np.maximum(ground, ink).transpose(0, 1, 3, 2, 4, 5).reshape(n, GRID * 8, GRID * 8, 3)
+    return (image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _digits(
+    rng: np.random.Generator, wanted: np.ndarray, pictures: np.ndarray, labels: np.ndarray
+) -> Float[np.ndarray, "n 8 8 3"]:
+    """A random scan of each wanted digit, brightness .8 to 1."""
+    order = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[order], np.arange(11))
+    pick = first[wanted] + (rng.random(len(wanted)) * (first[wanted + 1] - first[wanted])).astype(int)
+    bright = rng.uniform(0.8, 1.0, (len(wanted), 1, 1))
+    return np.repeat((pictures[order[pick]] / 240.0 * bright)[..., None], 3, -1).astype(np.float32)
+
+
+def _glyphs(rng: np.random.Generator, which: np.ndarray, colour: np.ndarray) -> Float[np.ndarray, "n 8 8 3"]:
+    """Coloured glyphs, shifted by 0 or 1 pixel each way, brightness .8 to 1."""
+    masks = glyphs()[which].astype(np.float32) / 255
+    for axis in (1, 2):
+        moved = np.roll(masks, 1, axis)
+        masks = np.where(rng.integers(2, size=(len(which), 1, 1)) == 1, moved, masks)
+    bright = rng.uniform(0.8, 1.0, (len(which), 1, 1, 1))
+    return (masks[..., None] * colour[:, None, None] * bright).astype(np.float32)
+
+
+def _background(rng: np.random.Generator, n: int) -> Float[np.ndarray, "n rows columns 8 8 3"]:
+    """One of three grounds per image: coarse tinted texture, near-duplicate tiles, textured noise."""
+    tint = rng.uniform(0.15, 0.6, (n, 1, 1, 1, 1, 3))
+    coarse = rng.random((n, GRID, GRID, 2, 2, 1)).repeat(4, 3).repeat(4, 4)
+    tile = rng.random((n, 1, 1, 8, 8, 1)) * np.ones((1, GRID, GRID, 1, 1, 1))
+    fine = rng.random((n, GRID, GRID, 8, 8, 1))
+    style = rng.integers(3, size=(n, 1, 1, 1, 1, 1))
+    texture = np.choose(style, [0.7 * coarse + 0.3 * fine, 0.9 * tile + 0.1 * fine, 0.4 * coarse + 0.6 * fine])
+    return (tint * texture * 1.3).astype(np.float32)

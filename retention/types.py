@@ -1,0 +1,78 @@
+"""Axis words and the few dataclasses that travel between rooms.
+
+Axes: `batch` sequences, `tokens` of a sequence, `queries` and `keys` of an attention call, `heads` query
+heads, `kv_heads` key-value heads, `head_dim`, `hidden` features, `layers` evictable decoder layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a frozen decoder; `layers` lists the indices of its evictable (full-attention) layers."""
+
+    model_type: str
+    layers: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of evictable layers."""
+        return len(self.layers)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self) | {"layers": list(self.layers)}
+
+
+@dataclass
+class KVState:
+    """What a policy may look at: the cached entries of one layer, heads padded to the longest."""
+
+    keys: Float[Tensor, "batch kv_heads keys head_dim"]
+    """Post-RoPE, as cached."""
+    values: Float[Tensor, "batch kv_heads keys head_dim"]
+    positions: Int[Tensor, "batch kv_heads keys"]
+    """Sequence index of each entry, padding excluded."""
+    valid: Bool[Tensor, "batch kv_heads keys"]
+    """False for padding and holes; their scores are ignored."""
+    visual: Bool[Tensor, "batch kv_heads keys"]
+    seen: Int[Tensor, " batch"]
+    """Tokens processed so far: the position of the next query."""
+    log_beta: Float[Tensor, "batch kv_heads keys"] | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Filled by the policy's collector, [batch, kv_heads, ..., keys]."""
+    layer: int = 0
+
+
+@dataclass
+class Batch:
+    """A rendered batch: model inputs by name, with labels (-100 where nothing is scored)."""
+
+    inputs: dict[str, Tensor]
+    labels: Int[Tensor, "batch tokens"]
+    ids: list[str]
+
+
+@dataclass
+class LossTerms:
+    """Named (total, count) pairs; the step loss is the weighted sum of their quotients."""
+
+    terms: dict[str, tuple[Float[Tensor, ""], Float[Tensor, ""]]]
+    weights: dict[str, float]
+
+    def means(self) -> dict[str, Float[Tensor, ""]]:
+        """Each term divided by its count (0 where the count is 0)."""
+        return {name: total / count.clamp(min=1) for name, (total, count) in self.terms.items()}
+
+    def loss(self) -> Float[Tensor, ""]:
+        """Weighted sum of the means."""
+        means = self.means()
+        return sum((self.weights[name] * value for name, value in means.items()), start=0.0 * next(iter(means.values())))
