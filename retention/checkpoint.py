@@ -25,7 +25,9 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh / TENSORS, metadata={"format": "pt"})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh / TENSORS, metadata={"format": "pt"}
+        )
         (fresh / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
         (fresh / CARD).write_text(card)
         for name in (TENSORS, CONFIG, CARD):
@@ -56,13 +58,17 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = Path(folder)
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
-            raise ValueError(f"expected a gate artefact with {name} in {folder}, found none; train one or check the path")
+            raise ValueError(
+                f"expected a gate artefact with {name} in {folder}, found none; train one or check the path"
+            )
     try:
         config = json.loads((folder / CONFIG).read_text())
         with safe_open(folder / TENSORS, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (ValueError, SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"the gate artefact in {folder} is damaged ({str(error).splitlines()[0]}); export it again") from error
+        raise ValueError(
+            f"the gate artefact in {folder} is damaged ({str(error).splitlines()[0]}); export it again"
+        ) from error
     version = config.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(

@@ -40,7 +40,9 @@ def hardware() -> dict[str, str]:
 
     cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
-        "cpu": _cpu_name(), "threads": str(torch.get_num_threads()), "cuda": cuda,
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "cuda": cuda,
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -75,4 +75,6 @@ class LossTerms:
     def loss(self) -> Float[Tensor, ""]:
         """Weighted sum of the means."""
         means = self.means()
-        return sum((self.weights[name] * value for name, value in means.items()), start=0.0 * next(iter(means.values())))
+        return sum(
+            (self.weights[name] * value for name, value in means.items()), start=0.0 * next(iter(means.values()))
+        )

@@ -30,7 +30,7 @@ from retention.tasks.scene import COLOURS, N_KEYS, draw_scene
 TOKENS = ["<pad>", "<bos>", "<image>", "<img>", "</img>", "<ask>", "<blank>", *map(str, range(10))]
 TOKENS += [f"{colour}-{letter}" for colour in COLOURS for letter in LETTERS]
 TOKENS += [f"<extra{i}>" for i in range(112 - len(TOKENS))]
-PAD, BOS, IMAGE, START, END, ASK, CELL0 = range(7)          # a cell class c is token CELL0 + c
+PAD, BOS, IMAGE, START, END, ASK, CELL0 = range(7)  # a cell class c is token CELL0 + c
 DIGIT0, KEY0 = CELL0 + 1, CELL0 + 11
 PATCHES = 16
 CHAT_TEMPLATE = (
@@ -71,8 +71,17 @@ def build_tokenizer() -> hf.PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", padding_side="left", model_max_length=100_000,
-        extra_special_tokens={"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "ask_token": "<ask>"},
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        padding_side="left",
+        model_max_length=100_000,
+        extra_special_tokens={
+            "image_token": "<image>",
+            "boi_token": "<img>",
+            "eoi_token": "</img>",
+            "ask_token": "<ask>",
+        },
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -84,8 +93,13 @@ def build_processor() -> hf.LlavaProcessor:
         do_resize=False, size={"height": 32, "width": 32}, image_mean=[0.3] * 3, image_std=[0.35] * 3
     )
     return hf.LlavaProcessor(
-        image_processor=pictures, tokenizer=build_tokenizer(), patch_size=8, vision_feature_select_strategy="full",
-        num_additional_image_tokens=0, image_token="<image>", chat_template=CHAT_TEMPLATE,
+        image_processor=pictures,
+        tokenizer=build_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -93,17 +107,39 @@ def build_model(seed: int) -> hf.LlavaForConditionalGeneration:
     """Random initial weights; norm weights of queries and keys at 1.7, without which logits are too flat to retrieve."""
     torch.manual_seed(seed)
     text = hf.Qwen3Config(
-        vocab_size=len(TOKENS), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None,
+        vocab_size=len(TOKENS),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=None,
     )
     vision = hf.SiglipVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
         vision_use_head=False,
     )
     config = hf.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_select_strategy="full",
-        vision_feature_layer=-1, image_seq_length=PATCHES, tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS,
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        image_seq_length=PATCHES,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
     )
     model = hf.LlavaForConditionalGeneration(config)
     nn.init.normal_(model.get_input_embeddings().weight, std=128**-0.5)
@@ -251,8 +287,12 @@ class Run:
     def save(self) -> None:
         """Write the whole state beside its final name, then rename."""
         state = {
-            "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict(),
-            "counters": [self.phase, self.step, self.stage], "recent": list(self.recent), "log": json.dumps(self.log),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "counters": [self.phase, self.step, self.stage],
+            "recent": list(self.recent),
+            "log": json.dumps(self.log),
             "elapsed": time.monotonic() - self.clock,
         }
         torch.save(state, self.file.with_suffix(".tmp"))
@@ -294,7 +334,13 @@ class Run:
 
     def run(self) -> None:
         """Both phases with a progress bar, saving every `SAVE_EVERY` steps."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns) as bar:
             task = bar.add_task("start", total=VISION_STEPS + LM_STEPS)
             while self.phase < 2:
@@ -319,7 +365,9 @@ def held_out(model: nn.Module) -> dict[str, float]:
     report = {"cells": vision_step(model, generator(1, 9, 0), "val")[1]}
     for n, keys in ((16, 24), (16, 40), (24, 36), (32, 48)):
         stage = Stage("held out", 32, 2.0, (n,), (keys, keys), 8)
-        scores = [answer_loss(model, *image_batch(model, generator(1, 10 + n + keys, i), stage, "val"))[1] for i in range(4)]
+        scores = [
+            answer_loss(model, *image_batch(model, generator(1, 10 + n + keys, i), stage, "val"))[1] for i in range(4)
+        ]
         report[f"{n} images, {keys} keys"] = round(sum(scores) / len(scores), 4)
     return report
 
@@ -330,8 +378,14 @@ def export(run: Run, out: Path, report: dict) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     run.model.save_pretrained(fresh)
     build_processor().save_pretrained(fresh)
-    record = {"seed": run.seed, "held_out_full_cache": report, "log": run.log, "threads": torch.get_num_threads(),
-              "torch": torch.__version__, "transformers": hf.__version__}
+    record = {
+        "seed": run.seed,
+        "held_out_full_cache": report,
+        "log": run.log,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": hf.__version__,
+    }
     (fresh / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     os.replace(fresh, out)

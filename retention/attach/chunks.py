@@ -25,8 +25,13 @@ def chunk_ends(config: CacheConfig, visual: Bool[Tensor, "batch tokens"], tokens
 
 
 def run_chunks(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], cache: EvictingCache, ends: list[int],
-    valid: Bool[Tensor, "batch tokens"], visual: Bool[Tensor, "batch tokens"],
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    cache: EvictingCache,
+    ends: list[int],
+    valid: Bool[Tensor, "batch tokens"],
+    visual: Bool[Tensor, "batch tokens"],
 ) -> Any:
     """Call the decoder once per chunk; the result reads as one call's.
 
@@ -58,5 +63,7 @@ def _cut(kwargs: dict[str, Any], start: int, end: int, tokens: int) -> dict[str,
         elif name == "attention_mask" and value is not None:
             part[name] = value[:, : value.shape[1] - tokens + end]
         elif torch.is_tensor(value):
-            raise ValueError(f"chunked prefill cannot cut the argument {name!r} of this model; set prefill_chunk to null")
+            raise ValueError(
+                f"chunked prefill cannot cut the argument {name!r} of this model; set prefill_chunk to null"
+            )
     return part

@@ -46,7 +46,9 @@ def valid_tokens(mask: Tensor | None, batch: int, tokens: int, device: torch.dev
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if mask.dim() != 2:
-        raise ValueError(f"expected a 2-D attention mask [batch, tokens], got {mask.dim()} dimensions; pass the padding mask")
+        raise ValueError(
+            f"expected a 2-D attention mask [batch, tokens], got {mask.dim()} dimensions; pass the padding mask"
+        )
     return mask[:, -tokens:].to(device).bool()
 
 

@@ -25,8 +25,15 @@ NAME = "retention_hard"
 
 
 def evicting_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, retention_layer: EvictingLayer | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    retention_layer: EvictingLayer | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' interface: SDPA, with the layer's own mask once it has evicted."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -42,7 +49,12 @@ def evicting_attention(
 
 
 def new_cache(
-    model: "PreTrainedModel", policy: Policy, config: CacheConfig, *, extra_collectors: Iterable[str] = (), packed: bool = False
+    model: "PreTrainedModel",
+    policy: Policy,
+    config: CacheConfig,
+    *,
+    extra_collectors: Iterable[str] = (),
+    packed: bool = False,
 ) -> EvictingCache:
     """An empty evicting cache for a model; layers that cannot be evicted keep transformers' own."""
     from transformers import DynamicCache
@@ -57,8 +69,13 @@ def new_cache(
 
 @contextmanager
 def evicting(
-    model: "PreTrainedModel", policy: Policy, config: CacheConfig | None = None, *, gates: RetentionGates | None = None,
-    extra_collectors: Iterable[str] = (), packed: bool = False,
+    model: "PreTrainedModel",
+    policy: Policy,
+    config: CacheConfig | None = None,
+    *,
+    gates: RetentionGates | None = None,
+    extra_collectors: Iterable[str] = (),
+    packed: bool = False,
 ) -> Iterator[EvictingCache]:
     """Inside the block, forwards and `generate()` with the yielded cache (or its forks) evict as configured.
 
@@ -70,7 +87,9 @@ def evicting(
     """
     config = config or CacheConfig()
     if policy.needs_gates and gates is None:
-        raise ValueError(f"{type(policy).__name__} ranks by trained gates and none were given; pass gates=RetentionGates...")
+        raise ValueError(
+            f"{type(policy).__name__} ranks by trained gates and none were given; pass gates=RetentionGates..."
+        )
     if gates is not None:
         gates.check(model)
     cache = new_cache(model, policy, config, extra_collectors=extra_collectors, packed=packed)

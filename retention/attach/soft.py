@@ -36,8 +36,15 @@ class GateRecord:
 
 
 def gated_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, retention_gate: tuple[Tensor, GateRecord] | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    retention_gate: tuple[Tensor, GateRecord] | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' interface; layers without a gate run plain SDPA."""
     if retention_gate is None:
@@ -48,8 +55,13 @@ def gated_attention(
     if query.shape[2] != key.shape[2]:
         raise ValueError("gated training attention runs without a cache; pass use_cache=False")
     out = augmented_gated_attention(
-        query, key, value, log_beta, scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        positions=record.positions, valid=record.valid if record.padded else None,
+        query,
+        key,
+        value,
+        log_beta,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        positions=record.positions,
+        valid=record.valid if record.padded else None,
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -41,11 +41,27 @@ class CacheConfig:
             (self.allocator in (None, *ALLOCATORS), f"cache.allocator among {', '.join(ALLOCATORS)}", self.allocator),
             (self.selector in (None, *SELECTORS), f"cache.selector among {', '.join(SELECTORS)}", self.selector),
             (self.positions in ("original", "packed"), "cache.positions original or packed", self.positions),
-            ((self.selector == "threshold") == (self.threshold is not None), "cache.threshold exactly when selector=threshold", self.threshold),
-            (self.prefill_chunk is None or self.prefill_chunk >= 1, "cache.prefill_chunk of at least 1", self.prefill_chunk),
+            (
+                (self.selector == "threshold") == (self.threshold is not None),
+                "cache.threshold exactly when selector=threshold",
+                self.threshold,
+            ),
+            (
+                self.prefill_chunk is None or self.prefill_chunk >= 1,
+                "cache.prefill_chunk of at least 1",
+                self.prefill_chunk,
+            ),
             (self.evict_every is None or self.evict_every >= 1, "cache.evict_every of at least 1", self.evict_every),
-            (self.prefill_chunk is None or not self.chunk_by_image, "cache.prefill_chunk or cache.chunk_by_image, not both", True),
-            (min(self.sink_size, self.recent_size, self.min_per_head) >= 0, "cache sizes of 0 or more", "a negative one"),
+            (
+                self.prefill_chunk is None or not self.chunk_by_image,
+                "cache.prefill_chunk or cache.chunk_by_image, not both",
+                True,
+            ),
+            (
+                min(self.sink_size, self.recent_size, self.min_per_head) >= 0,
+                "cache sizes of 0 or more",
+                "a negative one",
+            ),
         )
         for holds, expected, got in checks:
             if not holds:

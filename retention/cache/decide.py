@@ -58,7 +58,9 @@ def _recent(
     return torch.tensor(table, device=counts.device)[place]
 
 
-def _ranking(states: list[KVState], policy: Policy, config: CacheConfig, recent: Int[Tensor, "layers batch kv_heads"]) -> select.Ranking:
+def _ranking(
+    states: list[KVState], policy: Policy, config: CacheConfig, recent: Int[Tensor, "layers batch kv_heads"]
+) -> select.Ranking:
     """Scores of all layers on a common length, with what is protected."""
     longest = max(state.keys.shape[2] for state in states)
 
@@ -71,5 +73,9 @@ def _ranking(states: list[KVState], policy: Policy, config: CacheConfig, recent:
     scores = stack([policy.score(s).float().masked_fill(~s.valid, 0.0) for s in states])
     tiers = [policy.tiers(s) for s in states]
     return select.Ranking(
-        scores, positions, valid, protected & valid, None if tiers[0] is None else stack([t for t in tiers if t is not None])
+        scores,
+        positions,
+        valid,
+        protected & valid,
+        None if tiers[0] is None else stack([t for t in tiers if t is not None]),
     )

@@ -25,8 +25,14 @@ class EvictingCache(Cache):
     """
 
     def __init__(
-        self, shape: ModelShape, layers: Iterable[CacheLayerMixin | None], policy: Policy, config: CacheConfig, *,
-        extra_collectors: Iterable[str] = (), inv_freq: Float[Tensor, " frequencies"] | None = None,
+        self,
+        shape: ModelShape,
+        layers: Iterable[CacheLayerMixin | None],
+        policy: Policy,
+        config: CacheConfig,
+        *,
+        extra_collectors: Iterable[str] = (),
+        inv_freq: Float[Tensor, " frequencies"] | None = None,
     ) -> None:
         """`layers` holds transformers' own layer where it stays, None where this cache takes over."""
         counter = iter(range(10**6))
@@ -52,7 +58,9 @@ class EvictingCache(Cache):
                 f"{type(policy).__name__} decides after the prompt only and has no rule for decoding; set evict_every to null"
             )
         if config.positions == "packed" and self.rope is None:
-            raise ValueError("positions 'packed' needs the model's rotary frequencies; open the cache with positions='packed'")
+            raise ValueError(
+                "positions 'packed' needs the model's rotary frequencies; open the cache with positions='packed'"
+            )
         self.policy, self.config = policy, config
         self.collectors = tuple(dict.fromkeys((policy.collector, *self.extra_collectors)))
         self.inv_freq = self.rope if config.positions == "packed" else None
@@ -150,14 +158,15 @@ class EvictingCache(Cache):
             rows.append((counts + tail[:, None]).expand(-1, self.shape.num_kv_heads))
         return torch.stack(rows)
 
-    def kept_positions(self) -> list[list[list[list[int]]]]:
-        """Positions held now, sorted, by layer, row and head: for tests, pictures and other engines."""
-        found = []
+    def kept_table(self) -> Bool[Tensor, "layers batch kv_heads positions"]:
+        """Whether the entry of each sequence position is held, by layer and head."""
+        tables = []
         for layer in self.evicting_layers:
             state, _ = layer.state()
-            rows = zip(state.positions, state.valid, strict=True)
-            found.append([[p[v].tolist() for p, v in zip(ps, vs, strict=True)] for ps, vs in rows])
-        return found
+            slot = torch.where(state.valid, state.positions, self.columns)
+            table = torch.zeros(*slot.shape[:2], self.columns + 1, dtype=torch.bool, device=slot.device)
+            tables.append(table.scatter(-1, slot, True)[..., : self.columns])
+        return torch.stack(tables)
 
     def tensors(self) -> Mapping[str, list[Tensor]]:
         """Every tensor the cache holds, by ledger item."""
@@ -189,9 +198,14 @@ class EvictingCache(Cache):
         return Ledger(physical_bytes(self.tensors()), logical, self.meter.peak)
 
     def fork(self, policy: Policy | None = None, config: CacheConfig | None = None) -> "EvictingCache":
-        """An independent continuation of the same prefill, with another policy or budget if given."""
+        """An independent continuation of the same prefill, with another policy or budget if given.
+
+        With another policy the peak starts anew from what that policy alone would hold: its own statistics
+        beside the keys and values, nobody else's.
+        """
         twin = copy.copy(self)
-        twin.meter = copy.copy(self.meter)
+        other = policy is not None or config is not None
+        twin.meter = PeakMeter() if other else copy.copy(self.meter)
         twin.layers = [copy.copy(layer) for layer in self.layers]
         for layer in twin.evicting_layers:
             layer.owner, layer.store, layer.observed = twin, copy.copy(layer.store), dict(layer.observed)
@@ -199,6 +213,7 @@ class EvictingCache(Cache):
         twin._configure(policy or self.policy, config or self.config)
         for layer in twin.evicting_layers:
             layer.forget_unused(keep_gate="gate" in twin.collectors)
+        twin.note_peak()
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -54,7 +54,9 @@ class LayerStorage:
         self.tail_keys = keys if self.tail_keys is None else torch.cat([self.tail_keys, keys], 2)
         self.tail_values = values if self.tail_values is None else torch.cat([self.tail_values, values], 2)
         if log_beta is not None:
-            self.tail_log_beta = log_beta if self.tail_log_beta is None else torch.cat([self.tail_log_beta, log_beta], 2)
+            self.tail_log_beta = (
+                log_beta if self.tail_log_beta is None else torch.cat([self.tail_log_beta, log_beta], 2)
+            )
 
     def slots(self) -> Int[Tensor, "batch kv_heads kept"]:
         """Flat index of each kept entry, padded with the head's neighbours (masked out by `kept_valid`)."""
@@ -118,7 +120,10 @@ class LayerStorage:
     def tensors(self) -> Mapping[str, list[Tensor]]:
         """Every tensor this layer holds, by ledger item."""
         groups = {
-            "keys": [self.keys, self.tail_keys], "values": [self.values, self.tail_values],
-            "scores": [self.log_beta, self.tail_log_beta], "positions": [self.positions], "layout": [self.counts],
+            "keys": [self.keys, self.tail_keys],
+            "values": [self.values, self.tail_values],
+            "scores": [self.log_beta, self.tail_log_beta],
+            "positions": [self.positions],
+            "layout": [self.counts],
         }
         return {item: [x for x in group if x is not None] for item, group in groups.items()}

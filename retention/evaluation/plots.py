@@ -43,9 +43,7 @@ def _chosen(rows: Iterable[Row], what: str) -> list[Row]:
 def _lines(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows below the full cache by (policy, scope), learned policies first, widest budget last."""
     below = [row for row in rows if row["policy"] != "full"]
-    below.sort(
-        key=lambda r: (not r["seed_accuracy"], r["policy"], r["scope"], r["budget_fraction"])
-    )
+    below.sort(key=lambda r: (not r["seed_accuracy"], r["policy"], r["scope"], r["budget_fraction"]))
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in below:
         lines.setdefault((row["policy"], row["scope"]), []).append(row)
@@ -135,7 +133,8 @@ def _curves(ax: Axes, rows: list[Row], everywhere: Mapping, turns: str) -> list[
         _draw(ax, [_kept(row) for row in line], values, style)
         ends.append((_kept(line[at]), values[at][0], _name(everywhere, key), style["color"]))
         numbers += [[turns, *key, _kept(r), *v] for r, v in zip(line, values, strict=True)]
-    ticks = sorted({row["budget_fraction"] for line in lines.values() for row in line})
+    named = {row["budget"]: row["budget_fraction"] for line in lines.values() for row in line}
+    ticks = sorted(named.values())
     _budget_axis(ax, ticks, side)
     whole = [_turns(row, turns)[0] for row in rows if row["policy"] == "full"]
     full, chance = whole[0] if whole else rows[0]["full_accuracy"], rows[0]["chance"]
@@ -154,7 +153,7 @@ def _budget_axis(ax: Axes, ticks: Sequence[float], side: str) -> None:
     left, right = (room, 1.12) if side == "right" else (1.12, room)
     ax.set_xscale("log", base=2)
     ax.set_xlim(ticks[0] / left, ticks[-1] * right)
-    ax.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
+    ax.set_xticks(ticks, [f"{100 * tick:.3g}%" for tick in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
 
 

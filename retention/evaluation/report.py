@@ -14,8 +14,7 @@ PICTURES = {
     "contexts and training seeds; the dashed line is the full cache, the dotted line is chance.",
     "deferred.png": "Accuracy by turn at one budget. The cache is evicted once, before the later "
     "questions are known, so what they ask for must have been kept on its own merit.",
-    "survival.png": "What is kept of each head, by layer: a global budget may give one head much "
-    "and another nothing, a budget per head gives all the same.",
+    "survival.png": "What is kept of each layer and head. A global budget may give one head much and another nothing.",
     "patches.png": "Images as the model saw them, and below with each patch veiled the more the "
     "shorter its tokens live. Outlined patches hold what the questions ask for.",
 }
@@ -119,8 +118,7 @@ def table_text(summary: Sequence[Row]) -> str:
     layout = "  {:<28.28}  {:<9.9}  {:>10.10}  {:<20}  {:>7}  {:>10}"
     lines = []
     for section in _sections(summary):
-        title = f"{section['task']}  {section['protocol']}"
-        lines += [title[:110], layout.format(*head)]
+        lines += [f"{section['task']}  {section['protocol']}"[:110], layout.format(*head)]
         for row in section["rows"]:
             shown = (row["policy"], _scope(row), row["budget"], _accuracy(row))
             kept = (_percent(row["retention"]), _bytes(row["kv_bytes_kept"]))
@@ -143,8 +141,10 @@ def _pictures(folder: Path) -> Iterator[Row]:
     """The pictures present, as base64 with their captions."""
     for name, caption in PICTURES.items():
         if (folder / name).is_file():
-            data = base64.b64encode((folder / name).read_bytes()).decode("ascii")
-            yield {"name": Path(name).stem, "caption": caption, "data": data}
+            png = (folder / name).read_bytes()
+            wide = round(int.from_bytes(png[16:20], "big") / 1.5)
+            data = base64.b64encode(png).decode("ascii")
+            yield {"name": Path(name).stem, "caption": caption, "data": data, "width": wide}
 
 
 def _write_whole(path: Path, text: str) -> None:

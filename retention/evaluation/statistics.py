@@ -95,7 +95,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _mean(values: Iterable[Any]) -> float | None:
     known = [float(value) for value in values if value is not None and not np.isnan(value)]
-    return float(np.mean(known)) if known else None
+    return round(float(np.mean(known)), 12) if known else None
 
 
 def _cube(scores: dict[tuple, float]) -> Values:

@@ -18,7 +18,9 @@ def gate_from_dict(values: dict[str, Any]) -> GateConfig:
     fields = dict(values)
     name = fields.pop("name", None)
     if name not in GATES:
-        raise ValueError(f"expected a gate among {sorted(GATES)}, got {name!r}; the artefact may need a newer retention")
+        raise ValueError(
+            f"expected a gate among {sorted(GATES)}, got {name!r}; the artefact may need a newer retention"
+        )
     try:
         return GATES[name](**fields)
     except TypeError as error:

@@ -59,7 +59,9 @@ class GateStack(nn.Module):
         self.layers = layers
         self.shared = shared
 
-    def score(self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens kv_heads"]:
+    def score(
+        self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]
+    ) -> Float[Tensor, "batch tokens kv_heads"]:
         """Pre-activation of the gate, last projection in fp32."""
         features = self.layers[layer](hidden_states)
         return features if self.shared is None else self.shared(features)
@@ -121,12 +123,17 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         """
         expected, got = self.shape, model_shape(model)
         for field, word in (
-            ("model_type", "family"), ("num_layers", "evictable layers"), ("num_kv_heads", "KV heads per layer"),
-            ("hidden_size", "hidden features"), ("layers", "evictable layer indices"),
+            ("model_type", "family"),
+            ("num_layers", "evictable layers"),
+            ("num_kv_heads", "KV heads per layer"),
+            ("hidden_size", "hidden features"),
+            ("layers", "evictable layer indices"),
         ):
             ours, theirs = getattr(expected, field), getattr(got, field)
             if ours != theirs:
-                raise ValueError(f"gates were trained for {word} {ours}, the model has {theirs}; load the matching base or gates")
+                raise ValueError(
+                    f"gates were trained for {word} {ours}, the model has {theirs}; load the matching base or gates"
+                )
         current = fingerprint(model)
         for key in ("config_hash", "weight_hash"):
             if self.base.get(key) not in (None, current[key]):
@@ -144,8 +151,12 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         from retention.provenance import package_versions
 
         return {
-            "format_version": checkpoint.FORMAT_VERSION, "base": self.base, "shape": self.shape.to_dict(),
-            "gate": self.config.to_dict(), "memory": None, "training": self.training_record,
+            "format_version": checkpoint.FORMAT_VERSION,
+            "base": self.base,
+            "shape": self.shape.to_dict(),
+            "gate": self.config.to_dict(),
+            "memory": None,
+            "training": self.training_record,
             "conventions": {"log_beta": "fp32, at most 0", "eviction_age": "seen - position", "age_offset": 0},
             "versions": package_versions(),
         }
@@ -176,13 +187,17 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         from retention.gates import gate_from_dict
 
         local = os.path.isdir(name) or "/" not in str(name) or str(name).startswith((".", "/"))
-        folder = Path(name) if local else Path(snapshot_download(str(name), allow_patterns=["gate_*", "README.md"], **hub))
+        folder = (
+            Path(name) if local else Path(snapshot_download(str(name), allow_patterns=["gate_*", "README.md"], **hub))
+        )
         config, tensors = checkpoint.read(folder)
         shape = ModelShape(**{**config["shape"], "layers": tuple(config["shape"]["layers"])})
         gates = cls(gate_from_dict(config["gate"]), shape, config["base"])
         try:
             gates.stack.load_state_dict(tensors)
         except RuntimeError as error:
-            raise ValueError(f"the tensors in {folder} do not fit its config: {str(error).splitlines()[-1].strip()}") from error
+            raise ValueError(
+                f"the tensors in {folder} do not fit its config: {str(error).splitlines()[-1].strip()}"
+            ) from error
         gates.training_record = config["training"]
         return gates.eval()

@@ -29,7 +29,9 @@ class DBTrim(GateConfig):
         if self.scoring not in ("rows", "scalar"):
             raise ValueError(f"expected gate.scoring rows or scalar, got {self.scoring!r}")
         if self.gate_hidden == 0:
-            raise ValueError("expected gate.gate_hidden above 0 for dbtrim, got 0; a linear gate is gate=trim gate.gate_hidden=0")
+            raise ValueError(
+                "expected gate.gate_hidden above 0 for dbtrim, got 0; a linear gate is gate=trim gate.gate_hidden=0"
+            )
 
     def build(self, shape: ModelShape) -> GateStack:
         """Two-layer trunks per evictable layer and one shared head."""
@@ -38,7 +40,9 @@ class DBTrim(GateConfig):
             head: nn.Module = Head(width, heads, heads, self.init_half_life)
         else:
             if width % heads:
-                raise ValueError(f"scoring scalar cuts gate_hidden by head: expected a multiple of {heads}, got {width}")
+                raise ValueError(
+                    f"scoring scalar cuts gate_hidden by head: expected a multiple of {heads}, got {width}"
+                )
             head = ScalarHead(heads, width // heads, self.init_half_life)
         trunks = (
             nn.Sequential(projection(shape.hidden_size, width), nn.SiLU(), projection(width, width), nn.SiLU())

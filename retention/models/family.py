@@ -14,7 +14,14 @@ from retention.types import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_attn_implementation_autoset")
+_VOLATILE = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "_attn_implementation_autoset",
+)
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,15 @@ class Family:
     rope: str = "1d"
     """Kind of rotary position; only one-dimensional ones can be packed."""
 
+    def visual_ids(self, config: Any) -> list[int]:
+        """Ids of the visual placeholder tokens."""
+        return [getattr(config, name) for name in self.visual_token_attributes]
+
     def visual_mask(self, config: Any, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """True at visual tokens."""
-        mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for name in self.visual_token_attributes:
-            mask = mask | (input_ids == getattr(config, name))
-        return mask
+        return torch.isin(
+            input_ids, torch.tensor(self.visual_ids(config), device=input_ids.device, dtype=input_ids.dtype)
+        )
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:

@@ -36,7 +36,9 @@ class ModelConfig:
         if self.prompt_style not in ("symbolic", "natural"):
             raise ValueError(f"expected model.prompt_style symbolic or natural, got {self.prompt_style!r}")
         if not self.name:
-            raise ValueError("expected model.name to be a hub id or a folder, got nothing; e.g. model.name=llava-hf/llava-1.5-7b-hf")
+            raise ValueError(
+                "expected model.name to be a hub id or a folder, got nothing; e.g. model.name=llava-hf/llava-1.5-7b-hf"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:

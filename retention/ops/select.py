@@ -29,7 +29,9 @@ class Ranking:
 
 
 def _order(
-    scores: Float[Tensor, "*rows entries"], classes: Int[Tensor, "*rows entries"], positions: Int[Tensor, "*rows entries"]
+    scores: Float[Tensor, "*rows entries"],
+    classes: Int[Tensor, "*rows entries"],
+    positions: Int[Tensor, "*rows entries"],
 ) -> Int[Tensor, "*rows entries"]:
     """Indices from best to worst by (class, score, position), earlier index on full ties."""
     order = positions.argsort(dim=-1, descending=True, stable=True)
@@ -88,7 +90,9 @@ def keep_per_layer(
 ) -> Bool[Tensor, "layers batch kv_heads keys"]:
     """One set of positions per layer, ranked by the mean score over its heads; needs heads of equal content."""
     if not (ranking.positions == ranking.positions[:, :, :1]).all():
-        raise ValueError("selector 'layer' needs the same entries in all heads, got heads that differ; use selector 'head'")
+        raise ValueError(
+            "selector 'layer' needs the same entries in all heads, got heads that differ; use selector 'head'"
+        )
     mean = ranking.scores.float().mean(2, keepdim=True).expand_as(ranking.scores)
     return keep_per_head(Ranking(mean, ranking.positions, ranking.valid, ranking.protected, ranking.tiers), counts)
 
@@ -110,7 +114,9 @@ def keep_global(
     layers, kv_heads = ranking.valid.shape[0], ranking.valid.shape[2]
     _check(ranking.protected.sum((0, 2, 3)), torch.minimum(totals, ranking.valid.sum((0, 2, 3))))
     kept = _best(_rows(ranking, "batch (layers kv_heads keys)"), totals)
-    return rearrange(kept, "batch (layers kv_heads keys) -> layers batch kv_heads keys", layers=layers, kv_heads=kv_heads)
+    return rearrange(
+        kept, "batch (layers kv_heads keys) -> layers batch kv_heads keys", layers=layers, kv_heads=kv_heads
+    )
 
 
 def keep_threshold(ranking: Ranking, threshold: float) -> Bool[Tensor, "layers batch kv_heads keys"]:

@@ -158,7 +158,7 @@ def test_summary_leaves_missing_numbers_none() -> None:
     missing = ("full_accuracy", "retention", "retention_low", "diff_full", "seed_spread")
     assert [gates[name] for name in missing] == [None] * 5
     assert gates["accuracy_later_turns"] is gates["evidence_recall_any"] is None
-    whole, gates = summarise([full(score=0.0), answer(score=0.0)], resamples=50)
+    _, gates = summarise([full(score=0.0), answer(score=0.0)], resamples=50)
     assert (gates["full_accuracy"], gates["retention"], gates["retention_high"]) == (0, None, None)
 
 
@@ -186,10 +186,7 @@ def test_summary_is_ordered_by_task_protocol_budget_policy_scope() -> None:
     ten = {"requested": "10%", "resolved": 10, "fraction": 0.1}
     rows = [answer(), answer(scope="per_head"), answer(policy="age"), answer(budget=ten)]
     rows += [answer(task="count"), full()]
-    order = [
-        (row["task"], row["budget"], row["policy"], row["scope"])
-        for row in summarise(rows[::-1], resamples=50)
-    ]
+    order = [(row["task"], row["budget"], row["policy"], row["scope"]) for row in summarise(rows[::-1], resamples=50)]
     assert order == [
         ("count", "5%", "gates", "global"),
         ("needle", "full", "full", "per_head"),

@@ -1,0 +1,88 @@
+"""Everything an evaluation is told; defaults are the demo on the embedded model."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from retention.budget import Budget
+from retention.cache.config import CacheConfig
+from retention.evaluation.protocol import Protocol
+from retention.models.load import ModelConfig
+from retention.policies import POLICIES, Policy
+from retention.tasks import TASKS, Task
+
+QUOTA = "quota+"
+
+
+def default_policies() -> dict[str, Policy]:
+    """Every policy with its published settings."""
+    return {name: policy() for name, policy in POLICIES.items()}
+
+
+def default_tasks() -> dict[str, Task]:
+    """Every task with its own defaults."""
+    return {name: task() for name, task in TASKS.items()}
+
+
+@dataclass
+class EvalConfig:
+    """An evaluation: model, gates, and the product of tasks x protocols x policies x budgets."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gates: str | None = "outputs/latest/gates"
+    """Gate artefacts: a folder, a hub id, a glob pattern or several joined by commas; null evaluates heuristics only."""
+    tasks: list[str] = field(default_factory=lambda: ["needles"])
+    """Names of presets in `task`."""
+    policies: list[str] = field(default_factory=lambda: ["db_trim_kv", "trim_kv", "keydiff", "snapkv", "h2o", "random"])
+    """Names of presets in `policy`; `quota+X` gives X the gates' own shares per layer and head. full is always there."""
+    budgets: list[str] = field(default_factory=lambda: ["10%", "5%", "2.5%"])
+    """Tokens per head, fractions of the context, or bytes per sequence."""
+    protocols: list[str] = field(default_factory=lambda: ["agnostic"])
+    """agnostic or aware, one_shot or streaming, original or packed, joined by `+`."""
+    policy: dict[str, Policy] = field(default_factory=default_policies)
+    """Settings of every policy, by preset name."""
+    task: dict[str, Task] = field(default_factory=default_tasks)
+    """Settings of every task, by preset name."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Protection and floors, the same for every policy; budget, positions and trigger come from budgets and protocols."""
+    split: str = "test"
+    """test for results, val for choosing hyper-parameters."""
+    examples: int = 64
+    """Contexts per task."""
+    batch_size: int = 32
+    """Contexts evaluated together."""
+    quota_examples: int = 32
+    """Validation contexts that the quotas are measured on."""
+    seed: int = 0
+    """Seed of the examples."""
+    output_dir: str = "outputs/eval/run"
+    """Where results go; rows that are there already are not computed again."""
+    experiment: str | None = None
+    """Name of the experiment preset, for the record."""
+
+    def __post_init__(self) -> None:
+        for text in self.budgets:
+            Budget.parse(text)
+        for text in self.protocols:
+            Protocol.parse(text)
+        for name in self.policies:
+            if name.removeprefix(QUOTA) not in self.policy:
+                raise ValueError(
+                    f"expected policies among {', '.join(self.policy)} (or {QUOTA}one of them), got {name!r}"
+                )
+        for name in self.tasks:
+            if name not in self.task:
+                raise ValueError(f"expected tasks among {', '.join(self.task)}, got {name!r}")
+        for name in ("tasks", "policies", "budgets", "protocols"):
+            if not getattr(self, name):
+                raise ValueError(f"expected at least one entry in {name}, got none")
+        if self.split not in ("test", "val"):
+            raise ValueError(f"expected split test or val, got {self.split!r}")
+        if min(self.examples, self.batch_size, self.quota_examples) < 1:
+            raise ValueError("expected examples, batch_size and quota_examples of at least 1")
+
+    def cache_for(self, budget: str, protocol: Protocol) -> CacheConfig:
+        """The cache of one cell."""
+        chunked = protocol.trigger != "after_prefill"
+        return dataclasses.replace(
+            self.cache, budget=Budget.parse(budget), positions=protocol.positions, chunk_by_image=chunked
+        )

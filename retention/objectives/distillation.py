@@ -1,0 +1,101 @@
+"""Distillation under a budget: forward KL to the full cache, next token, capacity hinge."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retention.budget import Budget
+from retention.losses import capacity_loss, distillation_terms
+from retention.objectives.base import Collected, Objective
+from retention.ops.capacity import expected_size, sample_queries
+from retention.types import LossTerms
+
+
+@dataclass
+class Distillation(Objective):
+    """`loss = kl_weight * KL + ntp_weight * NTP + capacity_weight * capacity` (arXiv 2512.03324, 2605.09649).
+
+    Weights of the public code (it averages the two base losses); the paper writes a plain sum, 1 / 1 / 1. The
+    capacity is evaluated at sampled query positions, unbiased for the mean over all.
+    """
+
+    budget: str = "1%-8%"
+    """Training budget: tokens per head, a fraction of the context, or a range that each step draws from, log-uniformly."""
+    kl_weight: float = 0.5
+    """Weight of the forward KL to the full cache."""
+    ntp_weight: float = 0.5
+    """Weight of the next-token cross-entropy."""
+    capacity_weight: float = 1.0
+    """Weight of the capacity hinge; 0 only as an ablation."""
+    scope: str = "global"
+    """global (one pool, DBTrimKV) or local (every head, TRIM-KV)."""
+    capacity_norm: str = "exact"
+    """exact, public or budget: what the excess is divided by."""
+    queries: int = 41
+    """Query positions at which the capacity is evaluated."""
+
+    def __post_init__(self) -> None:
+        low, high = self.limits()
+        weights = (self.kl_weight, self.ntp_weight, self.capacity_weight)
+        checks = (
+            (
+                low.unit == high.unit and low.unit != "bytes",
+                "objective.budget in tokens or fractions, e.g. 16, 5% or 1%-8%",
+                self.budget,
+            ),
+            (low.amount <= high.amount, "objective.budget ranges from low to high", self.budget),
+            (min(weights) >= 0 and max(weights) > 0, "loss weights of 0 or more, one above 0", weights),
+            (self.scope in ("global", "local"), "objective.scope global or local", self.scope),
+            (
+                self.capacity_norm in ("exact", "public", "budget"),
+                "objective.capacity_norm exact, public or budget",
+                self.capacity_norm,
+            ),
+            (self.queries >= 1, "objective.queries of at least 1", self.queries),
+        )
+        for holds, expected, got in checks:
+            if not holds:
+                raise ValueError(f"expected {expected}, got {got!r}")
+
+    def limits(self) -> tuple[Budget, Budget]:
+        """Smallest and largest training budget."""
+        parts = str(self.budget).split("-")
+        if len(parts) > 2:
+            raise ValueError(f"expected objective.budget like 16, 5% or 1%-8%, got {self.budget!r}")
+        return Budget.parse(parts[0]), Budget.parse(parts[-1])
+
+    def draw_budget(self, lengths: Int[Tensor, " batch"], generator: torch.Generator) -> Float[Tensor, " batch"]:
+        """This step's budget in entries per head, one draw for the whole batch."""
+        low, high = (math.log(b.amount) for b in self.limits())
+        amount = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+        scale = lengths.float() if self.limits()[0].unit == "fraction" else torch.ones_like(lengths, dtype=torch.float)
+        return (amount * scale).clamp(min=1.0)
+
+    def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
+        """The three terms; logged beside them: retained mass and its budget, entries per head."""
+        lengths = collected.valid.sum(1)
+        budget = self.draw_budget(lengths, collected.generator)
+        queries = sample_queries(lengths, budget, self.queries, collected.generator)
+        sizes = torch.stack(
+            [expected_size(beta, collected.positions, queries, collected.valid) for beta in collected.log_beta]
+        )
+        kl, ntp = distillation_terms(collected.student, collected.teacher, collected.labels, collected.head)
+        capacity = capacity_loss(sizes, queries, budget, scope=self.scope, norm=self.capacity_norm)
+        weights = {"kl": self.kl_weight, "ntp": self.ntp_weight, "capacity": self.capacity_weight}
+        terms = LossTerms({"kl": kl, "ntp": ntp, "capacity": capacity}, weights)
+        return terms, {"retained": sizes[..., -1].mean().detach(), "budget": budget.mean()}
+
+    def describe(self) -> dict[str, object]:
+        """Budget, weights and scope."""
+        weights = {"kl": self.kl_weight, "ntp": self.ntp_weight, "capacity": self.capacity_weight}
+        return {
+            "objective": "distillation",
+            "budget": self.budget,
+            "loss_weights": weights,
+            "scope": self.scope,
+            "capacity_norm": self.capacity_norm,
+            "reduction": "mean over sampled queries",
+        }

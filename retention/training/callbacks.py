@@ -1,0 +1,89 @@
+"""Validation under hard eviction, the best gates so far, and the random state: all part of every checkpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from retention.ops.decay import half_life
+
+Row = dict[str, Any]
+
+
+class HardEvictionValidation(L.Callback):
+    """Every `every` steps: accuracy under hard eviction; the gates of the best step are kept for export.
+
+    It runs before the checkpoint of the same step is written, so a resumed run chooses the same gates.
+    """
+
+    def __init__(self, measure: Callable[[], list[Row]], every: int, steps: int) -> None:
+        self.measure, self.every, self.steps = measure, every, steps
+        self.best: dict[str, Tensor] = {}
+        self.best_rows: list[Row] = []
+        self.best_step, self.best_accuracy = 0, -1.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        """Validate when a multiple of `every` or the end is reached."""
+        step = trainer.global_step
+        if step % self.every and step != self.steps:
+            return
+        rows = self.measure()
+        chosen = [row["accuracy"] for row in rows if row["scope"] == "global" and row["budget"] != "full"]
+        accuracy = sum(chosen) / len(chosen)
+        figures = {f"val/{row['scope']}_{row['budget']}": row["accuracy"] for row in rows}
+        module.log_dict({**figures, "val/hard_accuracy": accuracy})
+        module.log("val", accuracy, prog_bar=True, logger=False)
+        if accuracy >= self.best_accuracy:
+            self.best = {k: v.detach().clone() for k, v in module.gates.state_dict().items()}
+            self.best_rows, self.best_step, self.best_accuracy = rows, step, accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to choose the same gates after a resume."""
+        return {"best": self.best, "rows": self.best_rows, "step": self.best_step, "accuracy": self.best_accuracy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the choice so far."""
+        self.best, self.best_rows = state["best"], state["rows"]
+        self.best_step, self.best_accuracy = state["step"], state["accuracy"]
+
+
+class HalfLives(L.Callback):
+    """Quantiles of the gates' half-lives, logged every `every` steps; histograms where the logger draws them."""
+
+    def __init__(self, every: int, draw: Callable[[Tensor, int], None]) -> None:
+        self.every, self.draw = every, draw
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        """log10 half-life over all layers and tokens of the last batch."""
+        if trainer.global_step % self.every:
+            return
+        log_beta = torch.stack([x.detach() for x in module.last_log_beta])
+        lives = half_life(log_beta.clamp(max=-1e-9)).log10().flatten(1)
+        levels = torch.tensor([0.1, 0.5, 0.9], device=lives.device)
+        for layer, row in enumerate(torch.quantile(lives, levels, dim=1).T.tolist()):
+            module.log_dict(
+                {f"half_life/layer{layer}_{name}": v for name, v in zip(("p10", "p50", "p90"), row, strict=True)}
+            )
+        self.draw(lives, trainer.global_step)
+
+
+class RandomState(L.Callback):
+    """Torch's global random state, restored when the first batch after a resume starts."""
+
+    pending: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to go on from."""
+        return {"torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember it until the loaders have drawn what they draw."""
+        self.pending = state["torch"]
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Restore once."""
+        if self.pending is not None:
+            torch.set_rng_state(self.pending)
+            self.pending = None

@@ -1,0 +1,95 @@
+"""Everything a training run is told; defaults are the demo on the embedded model."""
+
+from dataclasses import dataclass, field
+
+from retention.gates import GateConfig
+from retention.gates.dbtrim import DBTrim
+from retention.models.load import ModelConfig
+from retention.objectives import Objective
+from retention.objectives.distillation import Distillation
+from retention.tasks import Task
+from retention.tasks.needles import Needles
+
+LOGGERS = ("wandb", "csv")
+
+
+@dataclass
+class DataConfig:
+    """How training and validation examples are drawn and batched."""
+
+    batch_size: int = 8
+    """Contexts per step."""
+    n_turns: int | None = 12
+    """Questions per training context; null keeps the task's own."""
+    seed: int = 0
+    """Seed of the examples, apart from the seed of the gates."""
+    val_examples: int = 32
+    """Validation contexts for hard eviction."""
+    num_workers: int = 0
+    """Processes that render batches."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "val_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected data.{name} of at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class TrainerConfig:
+    """Optimiser, schedule and how often to look and to save."""
+
+    max_steps: int = 400
+    """Optimisation steps."""
+    lr: float = 3e-3
+    """Peak learning rate of the gates."""
+    offset_lr: float = 1e-2
+    """Peak learning rate of the offsets, which have their own group."""
+    weight_decay: float = 0.0
+    """AdamW decay of the gates, never of the offsets."""
+    warmup_steps: int = 20
+    """Linear warm-up."""
+    schedule: str = "linear"
+    """linear or cosine, to 0 at max_steps; tied to steps, never to wall clock."""
+    clip: float = 1.0
+    """Gradient norm clip."""
+    val_every: int = 100
+    """Steps between validations under hard eviction."""
+    save_every: int = 25
+    """Steps between checkpoints that a killed run resumes from."""
+    val_budgets: list[str] = field(default_factory=lambda: ["5%", "2.5%", "1.25%"])
+    """Budgets of the validation; its mean accuracy chooses the exported gates."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "val_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected trainer.{name} of at least 1, got {getattr(self, name)}")
+        if not self.lr > 0 or not self.offset_lr > 0:
+            raise ValueError(f"expected learning rates above 0, got lr {self.lr} and offset_lr {self.offset_lr}")
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"expected trainer.schedule linear or cosine, got {self.schedule!r}")
+
+
+@dataclass
+class TrainConfig:
+    """A training run: frozen model, gates, objective, data, trainer, logger."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gate: GateConfig = field(default_factory=DBTrim)
+    objective: Objective = field(default_factory=Distillation)
+    task: Task = field(default_factory=lambda: Needles(n_needles=40, asked_colour="red", n_asked=12))
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: str = "wandb"
+    """wandb (offline unless logged in, CSV beside it) or csv."""
+    seed: int = 0
+    """Seed of the gates' initial weights and of each step's draws."""
+    output_dir: str = "outputs/train/run"
+    """Where the run writes."""
+    resume: str | None = None
+    """Folder of a run to go on with; the other values must be the same."""
+    experiment: str | None = None
+    """Name of the experiment preset, for the record."""
+
+    def __post_init__(self) -> None:
+        if self.logger not in LOGGERS:
+            raise ValueError(f"expected logger among {', '.join(LOGGERS)}, got {self.logger!r}")

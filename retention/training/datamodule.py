@@ -1,0 +1,78 @@
+"""Training batches in an order that depends on seed and step only, so that a resumed run sees the same ones."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset
+
+from retention.data.render import Rendered, Renderer
+from retention.tasks import Task
+from retention.training.config import DataConfig
+from retention.types import Batch
+
+
+class BatchDataset(Dataset[Batch]):
+    """Batch i of a task: drawn and rendered when asked for."""
+
+    def __init__(self, task: Task, renderer: Renderer, config: DataConfig, style: str, steps: int) -> None:
+        self.task, self.renderer, self.config, self.style, self.steps = task, renderer, config, style, steps
+
+    def __len__(self) -> int:
+        """Batches in the run."""
+        return self.steps
+
+    def __getitem__(self, index: int) -> Batch:
+        """Contexts `index * batch_size` onwards of the training split."""
+        first = index * self.config.batch_size
+        return self.renderer.training_batch(
+            [
+                self.task.example(self.config.seed, "train", first + i, style=self.style, n_turns=self.config.n_turns)
+                for i in range(self.config.batch_size)
+            ]
+        )
+
+
+class ResumableLoader:
+    """Iterates batches in order and remembers, in checkpoints, how many were used."""
+
+    def __init__(self, dataset: BatchDataset, num_workers: int) -> None:
+        self.dataset, self.num_workers, self.done = dataset, num_workers, 0
+
+    def __len__(self) -> int:
+        """Batches in the run."""
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from where the run stands."""
+        rest = range(self.done, len(self.dataset))
+        for batch in DataLoader(self.dataset, batch_size=None, sampler=rest, num_workers=self.num_workers):
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches used so far."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches used."""
+        self.done = state["done"]
+
+
+class GateData(L.LightningDataModule):
+    """Training batches, and the fixed validation contexts for hard eviction."""
+
+    def __init__(self, task: Task, renderer: Renderer, config: DataConfig, style: str, steps: int) -> None:
+        super().__init__()
+        self.task, self.renderer, self.config, self.style, self.steps = task, renderer, config, style, steps
+
+    def train_dataloader(self) -> Any:
+        """One pass over exactly the run's steps."""
+        dataset = BatchDataset(self.task, self.renderer, self.config, self.style, self.steps)
+        return ResumableLoader(dataset, self.config.num_workers)
+
+    def validation_contexts(self) -> Rendered:
+        """Contexts of the validation split, with the task's own number of turns."""
+        return self.renderer.render(
+            [self.task.example(self.config.seed, "val", i, style=self.style) for i in range(self.config.val_examples)]
+        )

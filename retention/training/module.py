@@ -1,0 +1,90 @@
+"""The Lightning module: forwards, objective, logging; no maths of its own."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from retention.attach.hidden import final_hidden
+from retention.attach.soft import attach_gates
+from retention.gates import RetentionGates
+from retention.objectives import Objective
+from retention.objectives.base import Collected
+from retention.training.config import TrainerConfig
+from retention.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class GateTrainer(L.LightningModule):
+    """Trains the gates of a frozen model; its state holds the gates and nothing of the model."""
+
+    def __init__(
+        self, model: "PreTrainedModel", gates: RetentionGates, objective: Objective, config: TrainerConfig, *, seed: int
+    ) -> None:
+        super().__init__()
+        self.frozen = (model,)
+        self.gates = gates
+        self.objective = objective
+        self.config = config
+        self.seed = seed
+        self.last_log_beta: list[Tensor] = []
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The frozen model, kept out of this module's parameters."""
+        return self.frozen[0]
+
+    def step_generator(self, step: int) -> torch.Generator:
+        """Randomness of one step."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Teacher forward, gated student forward, objective."""
+        inputs = {k: v.to(self.model.device) for k, v in batch.inputs.items()}
+        with torch.no_grad():
+            teacher = final_hidden(self.model, inputs)
+        with attach_gates(self.model, self.gates) as record:
+            student = final_hidden(self.model, inputs)
+        assert record.positions is not None and record.valid is not None
+        self.last_log_beta = record.stacked()
+        terms, figures = self.objective.loss(
+            Collected(
+                teacher,
+                student,
+                batch.labels.to(student.device),
+                record.stacked(),
+                record.positions,
+                record.valid,
+                self.model.get_output_embeddings(),
+                self.step_generator(self.global_step),
+            )
+        )
+        loss = terms.loss()
+        logged = {f"loss/{name}": value.detach() for name, value in terms.means().items()}
+        self.log_dict({"loss": loss.detach(), **logged, **figures}, prog_bar=True, batch_size=len(batch.ids))
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with the offsets in a group of their own; warm-up, then linear or cosine to 0."""
+        c = self.config
+        offsets = [p for name, p in self.gates.named_parameters() if name.endswith("offset")]
+        others = [p for name, p in self.gates.named_parameters() if not name.endswith("offset")]
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": others, "lr": c.lr, "weight_decay": c.weight_decay},
+                {"params": offsets, "lr": c.offset_lr, "weight_decay": 0.0},
+            ]
+        )
+
+        def scale(step: int) -> float:
+            if step < c.warmup_steps:
+                return (step + 1) / c.warmup_steps
+            done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+            return max(0.0, 1 - done) if c.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, scale)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

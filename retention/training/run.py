@@ -1,0 +1,116 @@
+"""A whole training run: frozen model, gates, Lightning, the exported artefact."""
+
+import logging
+import os
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+
+from retention.data.render import Renderer
+from retention.gates import RetentionGates
+from retention.models import family_of
+from retention.models.load import load_configured
+from retention.training.callbacks import HalfLives, HardEvictionValidation, RandomState
+from retention.training.config import TrainConfig
+from retention.training.datamodule import GateData
+from retention.training.loggers import Tracking
+from retention.training.module import GateTrainer
+from retention.training.resume import claim, newest_checkpoint, settings
+from retention.training.validation import hard_eviction_accuracy
+
+log = logging.getLogger(__name__)
+
+
+def run(config: TrainConfig) -> Path:
+    """Train gates as configured and export the best; returns the artefact's folder.
+
+    Killed at any moment, the same config with `resume` set to the run's folder ends with bitwise the same gates on the
+    same machine.
+    """
+    folder = Path(config.resume or config.output_dir)
+    claim(folder, config)
+    artefact = folder / "gates"
+    if artefact.exists():
+        log.info("%s is finished, its gates are in %s", folder, artefact)
+        return artefact
+    checkpoint, start = newest_checkpoint(folder)
+    torch.manual_seed(config.seed)
+    model, processor = load_configured(config.model)
+    gates = RetentionGates.for_model(config.gate, model)
+    renderer = Renderer(processor, family_of(model).visual_ids(model.config))
+    module = GateTrainer(model, gates, config.objective, config.trainer, seed=config.seed)
+    data = GateData(config.task, renderer, config.data, config.model.prompt_style, config.trainer.max_steps)
+    tracking = Tracking(config.logger, folder, _name(config), settings(config), start)
+    contexts = data.validation_contexts()
+    best = HardEvictionValidation(
+        lambda: hard_eviction_accuracy(model, gates, contexts, config.trainer.val_budgets, pad=renderer.pad),
+        config.trainer.val_every,
+        config.trainer.max_steps,
+    )
+    trainer = _trainer(config, folder, tracking, best)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*(does not have many workers|isinstance\\(treespec, LeafSpec\\)|val_dataloader).*"
+        )
+        trainer.fit(
+            module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
+        )
+    gates.load_state_dict(best.best)
+    gates.training_record = _record(config, best)
+    gates.save_pretrained(artefact)
+    tracking.finish(best.best_rows, artefact)
+    _point_latest(folder)
+    return artefact
+
+
+def _name(config: TrainConfig) -> str:
+    return f"{config.gate.name}-{config.task.name}-seed{config.seed}"
+
+
+def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEvictionValidation) -> L.Trainer:
+    """Lightning's trainer with the run's callbacks; checkpoints hold gates, optimiser and counters only."""
+    saver = ModelCheckpoint(
+        folder / "checkpoints", filename="{step}", every_n_train_steps=config.trainer.save_every, save_top_k=1
+    )
+    lives = HalfLives(config.trainer.val_every, tracking.histogram)
+    return L.Trainer(
+        max_steps=config.trainer.max_steps,
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        gradient_clip_val=config.trainer.clip,
+        logger=tracking.loggers,
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        callbacks=[best, lives, RandomState(), TQDMProgressBar(refresh_rate=10), saver],
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+def _record(config: TrainConfig, best: HardEvictionValidation) -> dict[str, Any]:
+    """What the artefact says of its training."""
+    return {
+        **config.objective.describe(),
+        "task": config.task.name,
+        "task_settings": asdict(config.task),
+        "seed": config.seed,
+        "data_seed": config.data.seed,
+        "steps": config.trainer.max_steps,
+        "chosen_step": best.best_step,
+        "protected": {"sink_size": 0, "recent_size": 0},
+        "validation": {f"{row['scope']} {row['budget']}": round(row["accuracy"], 4) for row in best.best_rows},
+    }
+
+
+def _point_latest(folder: Path) -> None:
+    """`outputs/latest` follows the newest finished run that lies below `outputs/`."""
+    root = Path("outputs").resolve()
+    if root in folder.resolve().parents:
+        fresh = root / f".latest.{os.getpid()}"
+        fresh.symlink_to(os.path.relpath(folder.resolve(), root))
+        os.replace(fresh, root / "latest")
