@@ -15,6 +15,9 @@ def main(composed: DictConfig) -> None:
     """Compose, check, evaluate, print the table and where the report is."""
     try:
         config = to_config(composed)
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         from retention.evaluation.run import run
 
         result = run(config)

@@ -15,6 +15,9 @@ def main(composed: DictConfig) -> None:
     """Compose, check, train, say where the gates are."""
     try:
         config = to_config(composed)
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         from retention.training.run import run
 
         artefact = run(config)

@@ -9,7 +9,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from retention.cache.config import CacheConfig
@@ -42,7 +42,10 @@ def presets(group: str) -> list[str]:
 def register() -> None:
     """Make the schemas known to Hydra, and tables of all policies and all tasks for `eval.yaml`."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
+    train = OmegaConf.structured(TrainConfig)
+    for part in ("gate", "objective", "task"):
+        train[part] = MISSING
+    store.store(name="train_schema", node=train)
     store.store(name="eval_schema", node=EvalConfig)
     for group, table in _GROUPS.items():
         for name, schema in table.items():

@@ -25,11 +25,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from retention.embedded import LETTERS, WEIGHTS
-from retention.tasks.scene import COLOURS, N_KEYS, draw_scene
+from retention.tasks.scene import COLOURS, DECOY0, GROUND0, N_CLASSES, N_KEYS, draw_scene
 
 TOKENS = ["<pad>", "<bos>", "<image>", "<img>", "</img>", "<ask>", "<blank>", *map(str, range(10))]
 TOKENS += [f"{colour}-{letter}" for colour in COLOURS for letter in LETTERS]
-TOKENS += [f"<extra{i}>" for i in range(112 - len(TOKENS))]
+TOKENS += [f"<decoy{i}>" for i in range(GROUND0 - DECOY0)] + [f"<ground{i}>" for i in range(N_CLASSES - GROUND0)]
+TOKENS += [f"<extra{i}>" for i in range(128 - len(TOKENS))]
 PAD, BOS, IMAGE, START, END, ASK, CELL0 = range(7)  # a cell class c is token CELL0 + c
 DIGIT0, KEY0 = CELL0 + 1, CELL0 + 11
 PATCHES = 16

@@ -1,11 +1,26 @@
 """What gates and policies do to one batch: survival by layer and head, life of every patch, allocation."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from retention.attach.hard import evicting
 from retention.cache.evicting import EvictingCache
 from retention.data.render import Rendered
+from retention.gates import RetentionGates
 from retention.ops.decay import half_life
+from retention.policies import POLICIES
+from retention.tasks.answering import prefill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Patches = tuple[
+    UInt8[np.ndarray, "images height width 3"],
+    Float[np.ndarray, "images rows columns"],
+    Bool[np.ndarray, "images rows columns"],
+]
 
 LONGEST_LIFE = 1e6
 
@@ -15,16 +30,7 @@ def survival(cache: EvictingCache) -> Float[np.ndarray, "layers kv_heads"]:
     return (cache.kept().sum(1) / cache.seen().sum()).double().cpu().numpy()
 
 
-def patch_lives(
-    cache: EvictingCache, batch: Rendered, row: int = 0
-) -> (
-    tuple[
-        UInt8[np.ndarray, "images height width 3"],
-        Float[np.ndarray, "images rows columns"],
-        Bool[np.ndarray, "images rows columns"],
-    ]
-    | None
-):
+def patch_lives(cache: EvictingCache, batch: Rendered, row: int = 0) -> Patches | None:
     """Images of one context, the longest half-life of each patch over layers and heads, and the asked evidence.
 
     None where gates staged nothing or the images' tokens do not form a square grid.
@@ -47,3 +53,10 @@ def patch_lives(
             if ref.image < len(images):
                 evidence[ref.image, ref.row, ref.column] = True
     return np.stack(images), life, evidence
+
+
+def look_at_patches(model: "PreTrainedModel", batch: Rendered, gates: RetentionGates) -> Patches | None:
+    """`patch_lives` of the first context of a batch, from a prefill that only the gates watch."""
+    with evicting(model, POLICIES["full"](), gates=gates, extra_collectors=("gate",)) as cache:
+        prefill(model, cache, batch)
+    return patch_lives(cache, batch)

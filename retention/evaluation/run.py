@@ -2,33 +2,29 @@
 
 import glob
 import json
-import logging
 import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from retention.data.render import Rendered, Renderer
+from retention.data.render import Renderer
 from retention.evaluation import plots, report
-from retention.evaluation.arms import Arm, full_arm, make_arm, mean_counts, needs_gates
-from retention.evaluation.config import QUOTA, EvalConfig
-from retention.evaluation.diagnostics import patch_lives, survival
+from retention.evaluation.arms import needs_gates
+from retention.evaluation.config import EvalConfig
 from retention.evaluation.protocol import Protocol
 from retention.evaluation.runner import GateSet, Runner
+from retention.evaluation.session import Session, picture_budget
 from retention.evaluation.statistics import summarise
 from retention.evaluation.store import RowStore
+from retention.files import write_json, write_text
 from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.models.load import load_configured
 from retention.provenance import hardware, package_versions
 
-log = logging.getLogger(__name__)
 _GROWING = ("tasks", "policies", "budgets", "protocols", "output_dir", "gates", "experiment", "batch_size")
 CAVEATS = [
     "The gates saw the question distribution in training, the heuristics did not.",
@@ -104,106 +100,6 @@ def _claim(folder: Path, config: EvalConfig) -> None:
     write_json(file, settings)
 
 
-class Session:
-    """One run's loop over tasks, gate sets, protocols and batches, and what pictures need of it."""
-
-    def __init__(self, config: EvalConfig, runner: Runner, sets: list[GateSet], store: RowStore) -> None:
-        self.config, self.runner, self.sets, self.store = config, runner, sets, store
-        self.survival: dict[str, np.ndarray] = {}
-        self.patches: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self.picture_budget = min(config.budgets, key=lambda b: abs(_amount(b) - 0.05))
-
-    def run(self) -> None:
-        """Everything that is not done yet, with a progress bar."""
-        c = self.config
-        batches = -(-c.examples // c.batch_size)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as bar:
-            work = bar.add_task("evaluate", total=len(c.tasks) * len(self.sets) * len(c.protocols) * batches)
-            for task in c.tasks:
-                for number, gate_set in enumerate(self.sets):
-                    quotas = self._quotas(task, gate_set)
-                    for protocol in map(Protocol.parse, c.protocols):
-                        arms = self._arms(protocol, quotas, first=number == 0)
-                        bar.update(work, description=f"{task} {protocol.question} seed {gate_set.seed}")
-                        for batch in self.runner.batches(c.task[task], c.split, c.seed, c.examples, c.batch_size):
-                            self._batch(task, batch, arms, protocol, gate_set)
-                            bar.advance(work)
-
-    def _arms(self, protocol: Protocol, quotas: dict[str, Any], *, first: bool) -> list[Arm]:
-        """Arms of one gate set; what does not depend on gates runs with the first set only."""
-        names = [
-            n for n in dict.fromkeys(self.config.policies) if n != "full" and (first or needs_gates(self.config, n))
-        ]
-        arms = [make_arm(self.config, n, b, protocol, quotas.get(b)) for n in names for b in self.config.budgets]
-        return [full_arm(self.config, protocol), *arms] if first else arms
-
-    def _quotas(self, task: str, gate_set: GateSet) -> dict[str, Any]:
-        """Mean kept entries per layer and head of the gates under the global pool, on validation contexts, per budget."""
-        c = self.config
-        if gate_set.gates is None or not any(n.startswith(QUOTA) for n in c.policies):
-            return {}
-        protocol = Protocol()
-        arms = [make_arm(c, "db_trim_kv", budget, protocol, None) for budget in c.budgets]
-        task_object = c.task[task]
-        counts: dict[str, Any] = {}
-        batches = list(self.runner.batches(replace(task_object), "val", c.seed, c.quota_examples, c.quota_examples))
-        for arm, cache, _ in self.runner.run(batches[0], arms, protocol, gate_set.gates):
-            counts[arm.budget] = mean_counts(cache.kept())
-        return counts
-
-    def _batch(self, task: str, batch: Rendered, arms: list[Arm], protocol: Protocol, gate_set: GateSet) -> None:
-        ids = [example.id for example in batch.examples]
-        missing = []
-        for arm in arms:
-            seed = gate_set.seed if arm.needs_gates else None
-            if not self.store.has((task, arm.name, str(protocol), arm.budget, seed), ids) or self._pictured(
-                arm, protocol
-            ):
-                missing.append(arm)
-        if not missing:
-            return
-        for arm, cache, rows in self.runner.run(batch, missing, protocol, gate_set.gates):
-            self._look(arm, cache, protocol)
-            seed = gate_set.seed if arm.needs_gates else None
-            named = [
-                {"task": task, "split": self.config.split, "seed_data": self.config.seed, "seed_train": seed, **row}
-                for row in rows
-            ]
-            if not self.store.has((task, arm.name, str(protocol), arm.budget, seed), ids):
-                self.store.add(named)
-        if self.patches is None and gate_set.gates is not None:
-            self._look_at_patches(batch, gate_set.gates)
-
-    def _pictured(self, arm: Arm, protocol: Protocol) -> bool:
-        """Whether a picture still needs this arm's cache (also on a run that only adds rows)."""
-        first = str(protocol) == str(Protocol.parse(self.config.protocols[0]))
-        return first and arm.budget == self.picture_budget and f"{arm.name} at {arm.budget}" not in self.survival
-
-    def _look(self, arm: Arm, cache: Any, protocol: Protocol) -> None:
-        if self._pictured(arm, protocol):
-            self.survival[f"{arm.name} at {arm.budget}"] = survival(cache)
-
-    def _look_at_patches(self, batch: Rendered, gates: RetentionGates) -> None:
-        from retention.attach.hard import evicting
-        from retention.policies import POLICIES
-        from retention.tasks.answering import prefill
-
-        with evicting(self.runner.model, POLICIES["full"](), gates=gates, extra_collectors=("gate",)) as cache:
-            prefill(self.runner.model, cache, batch)
-        self.patches = patch_lives(cache, batch)
-
-
-def _amount(budget: str) -> float:
-    return float(budget.rstrip("%")) / 100 if budget.endswith("%") else 1.0
-
-
 def _write(folder: Path, config: EvalConfig, session: Session, started: float) -> Result:
     """Summary, manifest, pictures, report."""
     wanted = {(t, str(Protocol.parse(p))) for t in config.tasks for p in config.protocols}
@@ -228,7 +124,7 @@ def _write(folder: Path, config: EvalConfig, session: Session, started: float) -
     page = report.write_report(
         folder, summary=summary, manifest=manifest, title=title, examples=_sample_turns(rows, config)
     )
-    _atomic(folder / "table.md", report.table_markdown(summary))
+    write_text(folder / "table.md", report.table_markdown(summary))
     files = [
         folder / "summary.json",
         folder / "examples.jsonl",
@@ -243,7 +139,7 @@ def _write(folder: Path, config: EvalConfig, session: Session, started: float) -
 def _sample_turns(rows: list[dict[str, Any]], config: EvalConfig) -> list[dict[str, Any]]:
     """A few answers with what every policy said, at the picture budget, first protocol and seed."""
     protocol, chosen = str(Protocol.parse(config.protocols[0])), {}
-    budget = min(config.budgets, key=lambda b: abs(_amount(b) - 0.05))
+    budget = picture_budget(config)
     for row in rows:
         if (
             row["task"] == config.tasks[0]
@@ -291,14 +187,3 @@ def _manifest(config: EvalConfig, session: Session, started: float) -> dict[str,
         "rows_reused": session.store.reused,
         "caveats": CAVEATS,
     }
-
-
-def _atomic(file: Path, text: str) -> None:
-    fresh = file.with_name(f".{file.name}.tmp")
-    fresh.write_text(text)
-    os.replace(fresh, file)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    _atomic(file, json.dumps(value, indent=2, default=str) + "\n")

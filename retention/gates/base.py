@@ -19,8 +19,6 @@ from retention.types import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INIT_STD = 0.02
-
 
 @dataclass
 class GateConfig(ABC):
@@ -74,7 +72,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, width))
         self.offset = nn.Parameter(torch.full((offsets,), offset_for_half_life(half_life)))
-        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch outputs"]:
         """fp32 whatever the trunk's dtype."""
@@ -82,9 +80,13 @@ class Head(nn.Module):
 
 
 def projection(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer with weights N(0, 0.02) and zero bias (public code of arXiv 2512.03324)."""
+    """A linear layer with weights N(0, 1 / inputs) and zero bias.
+
+    The public code of arXiv 2512.03324 draws with the model's initializer range, 0.02: the same at 2,500
+    features, far too little to start from on a small model.
+    """
     layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=INIT_STD)
+    nn.init.normal_(layer.weight, std=inputs**-0.5)
     nn.init.zeros_(layer.bias)
     return layer
 

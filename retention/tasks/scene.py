@@ -8,8 +8,12 @@ from jaxtyping import Float, Int, UInt8
 from retention.embedded import DECOYS, LETTERS, glyphs, scans
 
 COLOURS = {"red": (1.0, 0.25, 0.2), "green": (0.25, 0.95, 0.3), "blue": (0.35, 0.5, 1.0)}
-BLANK, DIGIT0, KEY0 = 0, 1, 11
 N_KEYS = len(LETTERS) * len(COLOURS)
+BLANK, DIGIT0, KEY0 = 0, 1, 11
+DECOY0 = KEY0 + N_KEYS
+GROUND0 = DECOY0 + len(DECOYS)
+STYLES, TINTS = 3, 6
+N_CLASSES = GROUND0 + STYLES * TINTS
 GRID = 4
 PLACEMENT_TRIES = 50
 
@@ -33,7 +37,11 @@ class Needle:
 
 @dataclass
 class Scene:
-    """Images with their needles; `cells` holds BLANK, DIGIT0 + digit or KEY0 + key per cell."""
+    """Images with their needles; `cells` holds the class of every cell.
+
+    DIGIT0 + digit, KEY0 + key, DECOY0 + glyph, or GROUND0 + style * TINTS + order of the tint's channels:
+    distractors differ among themselves, so that none of them can be told by being alike.
+    """
 
     images: UInt8[np.ndarray, "images height width 3"]
     cells: Int[np.ndarray, "images rows columns"]
@@ -66,7 +74,6 @@ def draw_scene(
     if len(per_image[0]) > GRID * (GRID // 2):
         raise ValueError(f"{len(keys)} needles do not fit {n_images} images of {GRID} x {GRID} cells")
     cells = np.zeros((n_images, GRID, GRID), np.int64)
-    decoy = np.full((n_images, GRID, GRID), -1)
     needles: list[Needle] = []
     for image, own in enumerate(per_image):
         places = _place(rng, len(own))
@@ -74,8 +81,8 @@ def draw_scene(
             digit = int(rng.integers(10))
             cells[image, row, column : column + 2] = KEY0 + key, DIGIT0 + digit
             needles.append(Needle(key, digit, image, row, column))
-        _fill(rng, cells[image], decoy[image], orphans, decoys)
-    return Scene(_paint(rng, cells, decoy, split), cells, needles)
+        _fill(rng, cells[image], orphans, decoys)
+    return Scene(_paint(rng, cells, split), cells, needles)
 
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
@@ -92,41 +99,39 @@ def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     return [(i // 2, 2 * (i % 2)) for i in range(count)]
 
 
-def _fill(rng: np.random.Generator, cells: np.ndarray, decoy: np.ndarray, orphans: int, decoys: int) -> None:
+def _fill(rng: np.random.Generator, cells: np.ndarray, orphans: int, decoys: int) -> None:
     """Put unkeyed digits and decoy glyphs into blank cells of one image, in place."""
-    after_key = np.zeros_like(cells, bool)
-    after_key[:, 1:] = cells[:, :-1] >= KEY0
-    blank = rng.permutation(np.flatnonzero((cells == BLANK) & ~after_key))
+    blank = rng.permutation(np.flatnonzero(cells == BLANK))
     n_orphans = min(int(rng.integers(orphans + 1)), len(blank))
     for slot in blank[:n_orphans]:
         cells.flat[slot] = DIGIT0 + rng.integers(10)
     for slot in blank[n_orphans : n_orphans + int(rng.integers(decoys + 1))]:
-        decoy.flat[slot] = rng.integers(len(DECOYS))
+        cells.flat[slot] = DECOY0 + rng.integers(len(DECOYS))
 
 
-def _paint(
-    rng: np.random.Generator, cells: np.ndarray, decoy: np.ndarray, split: str
-) -> UInt8[np.ndarray, "images height width 3"]:
-    """Render cells to RGB: glyphs and digits over darkened background."""
+def _paint(rng: np.random.Generator, cells: np.ndarray, split: str) -> UInt8[np.ndarray, "images height width 3"]:
+    """Render cells to RGB: glyphs and digits over darkened background; blank cells get their ground's class."""
     n = len(cells)
     pictures, labels = scans(split)
-    ground = _background(rng, n)
+    ground, kind = _background(rng, n)
     ink = np.zeros((n, GRID, GRID, 8, 8, 3), np.float32)
-    covered = (cells != BLANK) | (decoy >= 0)
+    covered = cells != BLANK
     palette = np.array(list(COLOURS.values()), np.float32)
 
     where = np.nonzero((cells >= DIGIT0) & (cells < KEY0))
     if len(where[0]):
         ink[where] = _digits(rng, cells[where] - DIGIT0, pictures, labels)
-    where = np.nonzero(cells >= KEY0)
+    where = np.nonzero((cells >= KEY0) & (cells < DECOY0))
     if len(where[0]):
         colour, letter = np.divmod(cells[where] - KEY0, len(LETTERS))
         ink[where] = _glyphs(rng, letter, palette[colour])
-    where = np.nonzero(decoy >= 0)
+    where = np.nonzero(cells >= DECOY0)
     if len(where[0]):
-        ink[where] = _glyphs(rng, len(LETTERS) + decoy[where], palette[rng.integers(3, size=len(where[0]))])
+        colours = palette[rng.integers(3, size=len(where[0]))]
+        ink[where] = _glyphs(rng, len(LETTERS) + cells[where] - DECOY0, colours)
 
     ground = np.where(covered[..., None, None, None], ground * 0.35, ground)
+    cells[~covered] = np.broadcast_to(GROUND0 + kind[:, None, None], cells.shape)[~covered]
     image = np.maximum(ground, ink).transpose(0, 1, 3, 2, 4, 5).reshape(n, GRID * 8, GRID * 8, 3)
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
@@ -152,12 +157,18 @@ def _glyphs(rng: np.random.Generator, which: np.ndarray, colour: np.ndarray) -> 
     return (masks[..., None] * colour[:, None, None] * bright).astype(np.float32)
 
 
-def _background(rng: np.random.Generator, n: int) -> Float[np.ndarray, "n rows columns 8 8 3"]:
-    """One of three grounds per image: coarse tinted texture, near-duplicate tiles, textured noise."""
-    tint = rng.uniform(0.15, 0.6, (n, 1, 1, 1, 1, 3))
+def _background(
+    rng: np.random.Generator, n: int
+) -> tuple[Float[np.ndarray, "n rows columns 8 8 3"], Int[np.ndarray, " n"]]:
+    """A ground per image (coarse texture, near-duplicate tiles or textured noise, in one of six tints) and its class."""
+    order = rng.integers(TINTS, size=n)
+    levels = np.stack([rng.uniform(0.08, 0.2, n), rng.uniform(0.28, 0.42, n), rng.uniform(0.5, 0.65, n)], -1)
+    ranks = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    tint = np.take_along_axis(levels, ranks[order], -1)[:, None, None, None, None]
     coarse = rng.random((n, GRID, GRID, 2, 2, 1)).repeat(4, 3).repeat(4, 4)
     tile = rng.random((n, 1, 1, 8, 8, 1)) * np.ones((1, GRID, GRID, 1, 1, 1))
     fine = rng.random((n, GRID, GRID, 8, 8, 1))
-    style = rng.integers(3, size=(n, 1, 1, 1, 1, 1))
-    texture = np.choose(style, [0.7 * coarse + 0.3 * fine, 0.9 * tile + 0.1 * fine, 0.4 * coarse + 0.6 * fine])
-    return (tint * texture * 1.3).astype(np.float32)
+    style = rng.integers(STYLES, size=n)
+    mixtures = [0.7 * coarse + 0.3 * fine, 0.9 * tile + 0.1 * fine, 0.4 * coarse + 0.6 * fine]
+    texture = np.choose(style[:, None, None, None, None, None], mixtures)
+    return (tint * texture * 1.3).astype(np.float32), style * TINTS + order

@@ -1,12 +1,12 @@
 """Which checkpoint a run goes on from, and whether its settings are still the same."""
 
 import json
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from retention.files import write_json
 from retention.training.config import TrainConfig
 
 _FREE = ("resume", "output_dir", "logger")
@@ -44,10 +44,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
         return
     if config.resume is not None:
         raise ValueError(f"expected a run to resume in {folder}, found none; check the path or drop resume")
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(json.dumps(wanted, indent=2) + "\n")
-    os.replace(fresh, file)
+    write_json(file, wanted)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:

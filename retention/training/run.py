@@ -38,6 +38,7 @@ def run(config: TrainConfig) -> Path:
     if artefact.exists():
         log.info("%s is finished, its gates are in %s", folder, artefact)
         return artefact
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     checkpoint, start = newest_checkpoint(folder)
     torch.manual_seed(config.seed)
     model, processor = load_configured(config.model)
@@ -55,7 +56,8 @@ def run(config: TrainConfig) -> Path:
     trainer = _trainer(config, folder, tracking, best)
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", ".*(does not have many workers|isinstance\\(treespec, LeafSpec\\)|val_dataloader).*"
+            "ignore",
+            ".*(does not have many workers|isinstance\\(treespec, LeafSpec\\)|val_dataloader|number of training batches).*",
         )
         trainer.fit(
             module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
@@ -84,7 +86,7 @@ def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEv
         devices=1,
         gradient_clip_val=config.trainer.clip,
         logger=tracking.loggers,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, config.trainer.max_steps),
         num_sanity_val_steps=0,
         callbacks=[best, lives, RandomState(), TQDMProgressBar(refresh_rate=10), saver],
         enable_model_summary=False,

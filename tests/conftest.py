@@ -1,0 +1,20 @@
+"""Shared fixtures. Nothing here imports `retention` at module level: the type checker must be installed first."""
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def embedded_model():
+    from retention.embedded import load_model
+
+    return load_model().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def embedded_processor():
+    from retention.embedded import load_processor
+
+    return load_processor()
