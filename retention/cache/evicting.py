@@ -123,7 +123,8 @@ class EvictingCache(Cache):
     def budgets(self) -> Int[Tensor, " batch"]:
         """The budget of each row in entries per layer and head; a fraction is of the whole prompt under way."""
         store = self.evicting_layers[0].store
-        assert store.tail_keys is not None and store.tail_values is not None
+        assert store.tail_keys is not None
+        assert store.tail_values is not None
         width = store.tail_keys.shape[-1] + store.tail_values.shape[-1]
         entry = width * store.tail_keys.element_size() + 4 + (0 if store.tail_log_beta is None else 4)
         seen = torch.maximum(self.seen(), self.expected) if self.expected is not None else self.seen()

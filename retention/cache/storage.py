@@ -60,7 +60,8 @@ class LayerStorage:
 
     def slots(self) -> Int[Tensor, "batch kv_heads kept"]:
         """Flat index of each kept entry, padded with the head's neighbours (masked out by `kept_valid`)."""
-        assert self.counts is not None and self.keys is not None
+        assert self.counts is not None
+        assert self.keys is not None
         start = rearrange(self.counts.flatten().cumsum(0), "(b h) -> b h", h=self.counts.shape[1]) - self.counts
         steps = torch.arange(self.longest, device=start.device)
         return (start[..., None] + steps).clamp(max=max(self.keys.shape[0] - 1, 0))
@@ -79,7 +80,8 @@ class LayerStorage:
 
     def view(self) -> PaddedView:
         """What attention reads."""
-        assert self.tail_keys is not None and self.tail_values is not None
+        assert self.tail_keys is not None
+        assert self.tail_values is not None
         if self.counts is None or self.keys is None or self.values is None or self.longest == 0:
             return PaddedView(self.tail_keys, self.tail_values, 0)
         keys = torch.cat([self.padded(self.keys), self.tail_keys], 2)

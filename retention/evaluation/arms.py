@@ -22,18 +22,19 @@ class Arm:
     policy: Policy
     cache: CacheConfig
     budget: str
+    protocol: Protocol
     needs_gates: bool
 
     @property
     def scope(self) -> str:
-        """global when all layers and heads compete for one pool."""
+        """Global when all layers and heads compete for one pool."""
         return "global" if (self.cache.allocator or self.policy.allocator) == "global" else "per_head"
 
 
 def full_arm(config: EvalConfig, protocol: Protocol) -> Arm:
     """The full cache, in our storage, nothing evicted."""
     cache = config.cache_for(FULL_BUDGET, protocol)
-    return Arm("full", config.policy["full"], cache, FULL_BUDGET, False)
+    return Arm("full", config.policy["full"], cache, FULL_BUDGET, protocol, False)
 
 
 def needs_gates(config: EvalConfig, name: str) -> bool:
@@ -50,7 +51,7 @@ def make_arm(
     if name.startswith(QUOTA):
         assert quota is not None
         cache = replace(cache, allocator="quota", quota=quota.tolist())
-    return Arm(name, policy, cache, budget, needs_gates(config, name))
+    return Arm(name, policy, cache, budget, protocol, needs_gates(config, name))
 
 
 def mean_counts(kept: Tensor) -> Float[Tensor, "layers kv_heads"]:

@@ -20,6 +20,11 @@ class Protocol:
     trigger: str = "after_prefill"
     positions: str = "original"
 
+    @property
+    def prefill(self) -> tuple[str, str]:
+        """What decides the prefill: protocols that agree in it share one."""
+        return self.question, self.trigger
+
     @classmethod
     def parse(cls, text: str) -> "Protocol":
         """Read words joined by `+`: agnostic (default) or aware, one_shot or streaming, original or packed.
@@ -36,5 +41,5 @@ class Protocol:
         return cls(**chosen)
 
     def __str__(self) -> str:
-        """question / turns / trigger / positions, as rows name it."""
+        """Question / turns / trigger / positions, as rows name it."""
         return f"{self.question}/multi/{self.trigger}/{self.positions}"

@@ -49,16 +49,18 @@ class Runner:
             yield self.renderer.render(examples)
 
     def run(
-        self, batch: Rendered, arms: list[Arm], protocol: Protocol, gates: RetentionGates | None
+        self, batch: Rendered, arms: list[Arm], gates: RetentionGates | None
     ) -> Iterator[tuple[Arm, EvictingCache, list[Row]]]:
         """Each arm with its cache right after the eviction of the context, and its rows.
 
-        One-shot arms fork one prefill; streaming arms prefill on their own, evicting after every image.
+        The arms' protocols agree in their prefill. One-shot arms fork one; streaming arms prefill on their own,
+        evicting after every image.
         """
+        protocol = arms[0].protocol
         if protocol.trigger != "after_prefill":
             for arm in arms:
                 with self._open(arm, gates) as cache:
-                    yield arm, *self._answer(arm, cache, batch, protocol, prefilled=False)
+                    yield arm, *self._answer(arm, cache, batch, prefilled=False)
             return
         collectors = tuple({arm.policy.collector for arm in arms})
         packed = any(arm.cache.positions == "packed" for arm in arms)
@@ -67,7 +69,7 @@ class Runner:
         ) as source:
             self._prefill(source, batch, protocol)
             for arm in arms:
-                yield arm, *self._answer(arm, source.fork(arm.policy, arm.cache), batch, protocol, prefilled=True)
+                yield arm, *self._answer(arm, source.fork(arm.policy, arm.cache), batch, prefilled=True)
 
     def _open(self, arm: Arm, gates: RetentionGates | None) -> Any:
         return evicting(self.model, arm.policy, arm.cache, gates=gates if arm.policy.needs_gates else None)
@@ -76,24 +78,23 @@ class Runner:
         prefill(self.model, cache, batch, pad=self.renderer.pad, first_question=protocol.question == "aware")
 
     def _answer(
-        self, arm: Arm, cache: EvictingCache, batch: Rendered, protocol: Protocol, *, prefilled: bool
+        self, arm: Arm, cache: EvictingCache, batch: Rendered, *, prefilled: bool
     ) -> tuple[EvictingCache, list[Row]]:
         started = time.perf_counter()
         if prefilled:
             cache.evict()
         else:
-            self._prefill(cache, batch, protocol)
+            self._prefill(cache, batch, arm.protocol)
         after = cache.fork()
         tokens = answer_turns(self.model, cache, batch, pad=self.renderer.pad)
         seconds = (time.perf_counter() - started) / len(batch.examples)
-        return after, self._rows(arm, after, batch, protocol, tokens, seconds)
+        return after, self._rows(arm, after, batch, tokens, seconds)
 
     def _rows(
         self,
         arm: Arm,
         cache: EvictingCache,
         batch: Rendered,
-        protocol: Protocol,
         tokens: list[list[list[int]]],
         seconds: float,
     ) -> list[Row]:
@@ -112,8 +113,8 @@ class Runner:
                     {
                         "policy": arm.name,
                         "scope": arm.scope,
-                        "protocol": str(protocol),
-                        "positions": protocol.positions,
+                        "protocol": str(arm.protocol),
+                        "positions": arm.protocol.positions,
                         "budget": {"requested": arm.budget, "resolved": budgets[i], "fraction": budgets[i] / seen[i]},
                         "example_id": example.id,
                         "turn": turn,

@@ -44,15 +44,16 @@ class Session:
             TimeRemainingColumn(),
         )
         with Progress(*columns) as bar:
-            work = bar.add_task("evaluate", total=len(c.tasks) * len(self.sets) * len(c.protocols) * batches)
+            groups = _by_prefill([Protocol.parse(text) for text in c.protocols])
+            work = bar.add_task("evaluate", total=len(c.tasks) * len(self.sets) * len(groups) * batches)
             for task in c.tasks:
                 for number, gate_set in enumerate(self.sets):
                     quotas = self._quotas(task, gate_set)
-                    for protocol in map(Protocol.parse, c.protocols):
-                        arms = self._arms(protocol, quotas, first=number == 0)
-                        bar.update(work, description=f"{task} {protocol.question} seed {gate_set.seed}")
+                    for protocols in groups:
+                        arms = [arm for p in protocols for arm in self._arms(p, quotas, first=number == 0)]
+                        bar.update(work, description=f"{task} {' '.join(protocols[0].prefill)} seed {gate_set.seed}")
                         for batch in self.runner.batches(c.task[task], c.split, c.seed, c.examples, c.batch_size):
-                            self._batch(task, batch, arms, protocol, gate_set)
+                            self._batch(task, batch, arms, gate_set)
                             bar.advance(work)
 
     def _arms(self, protocol: Protocol, quotas: dict[str, Any], *, first: bool) -> list[Arm]:
@@ -68,42 +69,43 @@ class Session:
         c = self.config
         if gate_set.gates is None or not any(n.startswith(QUOTA) for n in c.policies):
             return {}
-        protocol = Protocol()
-        arms = [make_arm(c, "db_trim_kv", budget, protocol, None) for budget in c.budgets]
+        arms = [make_arm(c, "db_trim_kv", budget, Protocol(), None) for budget in c.budgets]
         counts: dict[str, Any] = {}
         batches = list(self.runner.batches(c.task[task], "val", c.seed, c.quota_examples, c.quota_examples))
-        for arm, cache, _ in self.runner.run(batches[0], arms, protocol, gate_set.gates):
+        for arm, cache, _ in self.runner.run(batches[0], arms, gate_set.gates):
             counts[arm.budget] = mean_counts(cache.kept())
         return counts
 
-    def _batch(self, task: str, batch: Rendered, arms: list[Arm], protocol: Protocol, gate_set: GateSet) -> None:
+    def _batch(self, task: str, batch: Rendered, arms: list[Arm], gate_set: GateSet) -> None:
+        """Run what is missing of one batch and store its rows."""
         ids = [example.id for example in batch.examples]
-        missing = []
-        for arm in arms:
+
+        def stored(arm: Arm) -> bool:
             seed = gate_set.seed if arm.needs_gates else None
-            if not self.store.has((task, arm.name, str(protocol), arm.budget, seed), ids) or self._pictured(
-                arm, protocol
-            ):
-                missing.append(arm)
+            return self.store.has((task, arm.name, str(arm.protocol), arm.budget, seed), ids)
+
+        missing = [arm for arm in arms if not stored(arm) or self._pictured(arm)]
         if not missing:
             return
-        for arm, cache, rows in self.runner.run(batch, missing, protocol, gate_set.gates):
-            self._look(arm, cache, protocol)
-            seed = gate_set.seed if arm.needs_gates else None
-            named = [
-                {"task": task, "split": self.config.split, "seed_data": self.config.seed, "seed_train": seed, **row}
-                for row in rows
-            ]
-            if not self.store.has((task, arm.name, str(protocol), arm.budget, seed), ids):
-                self.store.add(named)
+        for arm, cache, rows in self.runner.run(batch, missing, gate_set.gates):
+            if self._pictured(arm):
+                self.survival[f"{arm.name} at {arm.budget}"] = survival(cache)
+            if not stored(arm):
+                seed = gate_set.seed if arm.needs_gates else None
+                known = {"task": task, "split": self.config.split, "seed_data": self.config.seed, "seed_train": seed}
+                self.store.add([known | row for row in rows])
         if self.patches is None and gate_set.gates is not None:
             self.patches = look_at_patches(self.runner.model, batch, gate_set.gates)
 
-    def _pictured(self, arm: Arm, protocol: Protocol) -> bool:
+    def _pictured(self, arm: Arm) -> bool:
         """Whether a picture still needs this arm's cache (also on a run that only adds rows)."""
-        first = str(protocol) == str(Protocol.parse(self.config.protocols[0]))
+        first = arm.protocol == Protocol.parse(self.config.protocols[0])
         return first and arm.budget == self.picture_budget and f"{arm.name} at {arm.budget}" not in self.survival
 
-    def _look(self, arm: Arm, cache: Any, protocol: Protocol) -> None:
-        if self._pictured(arm, protocol):
-            self.survival[f"{arm.name} at {arm.budget}"] = survival(cache)
+
+def _by_prefill(protocols: list[Protocol]) -> list[list[Protocol]]:
+    """Protocols that can share a prefill, together."""
+    groups: dict[tuple[str, str], list[Protocol]] = {}
+    for protocol in protocols:
+        groups.setdefault(protocol.prefill, []).append(protocol)
+    return list(groups.values())

@@ -61,11 +61,12 @@ def draw_scene(
     split: str,
     orphans: int = 2,
     decoys: int = 2,
+    jitter: bool = False,
 ) -> Scene:
     """Spread one needle per key round-robin over the images and draw them.
 
     Each image also holds up to `orphans` digits without a key (never right of a key) and up to `decoys`
-    glyphs that are no key. Needles that do not fit are never dropped: the image is placed again.
+    glyphs that are no key. `jitter` moves and roughens the digits, for training a tower on few scans. Needles that do not fit are never dropped: the image is placed again.
 
     Raises:
         ValueError: when more needles are asked for than the images can hold.
@@ -82,7 +83,7 @@ def draw_scene(
             cells[image, row, column : column + 2] = KEY0 + key, DIGIT0 + digit
             needles.append(Needle(key, digit, image, row, column))
         _fill(rng, cells[image], orphans, decoys)
-    return Scene(_paint(rng, cells, split), cells, needles)
+    return Scene(_paint(rng, cells, split, jitter), cells, needles)
 
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
@@ -109,7 +110,9 @@ def _fill(rng: np.random.Generator, cells: np.ndarray, orphans: int, decoys: int
         cells.flat[slot] = DECOY0 + rng.integers(len(DECOYS))
 
 
-def _paint(rng: np.random.Generator, cells: np.ndarray, split: str) -> UInt8[np.ndarray, "images height width 3"]:
+def _paint(
+    rng: np.random.Generator, cells: np.ndarray, split: str, jitter: bool
+) -> UInt8[np.ndarray, "images height width 3"]:
     """Render cells to RGB: glyphs and digits over darkened background; blank cells get their ground's class."""
     n = len(cells)
     pictures, labels = scans(split)
@@ -120,7 +123,8 @@ def _paint(rng: np.random.Generator, cells: np.ndarray, split: str) -> UInt8[np.
 
     where = np.nonzero((cells >= DIGIT0) & (cells < KEY0))
     if len(where[0]):
-        ink[where] = _digits(rng, cells[where] - DIGIT0, pictures, labels)
+        digits = _digits(rng, cells[where] - DIGIT0, pictures, labels)
+        ink[where] = _jitter(rng, digits) if jitter else digits
     where = np.nonzero((cells >= KEY0) & (cells < DECOY0))
     if len(where[0]):
         colour, letter = np.divmod(cells[where] - KEY0, len(LETTERS))
@@ -145,6 +149,17 @@ def _digits(
     pick = first[wanted] + (rng.random(len(wanted)) * (first[wanted + 1] - first[wanted])).astype(int)
     bright = rng.uniform(0.8, 1.0, (len(wanted), 1, 1))
     return np.repeat((pictures[order[pick]] / 240.0 * bright)[..., None], 3, -1).astype(np.float32)
+
+
+def _jitter(rng: np.random.Generator, digits: Float[np.ndarray, "n 8 8 3"]) -> Float[np.ndarray, "n 8 8 3"]:
+    """Each digit moved by up to one pixel each way (half of the time) and roughened by noise."""
+    for axis in (1, 2):
+        shift = np.where(rng.random(len(digits)) < 0.5, rng.integers(-1, 2, size=len(digits)), 0)[:, None, None, None]
+        wide = np.pad(digits, [(0, 0)] + [(1, 1) if i == axis else (0, 0) for i in (1, 2, 3)])
+        moved = {d: np.take(wide, np.arange(8) + 1 - d, axis) for d in (-1, 1)}
+        digits = np.where(shift == 1, moved[1], np.where(shift == -1, moved[-1], digits))
+    noisy = digits * rng.uniform(0.8, 1.1, (*digits.shape[:3], 1)) + rng.normal(0, 0.05, (*digits.shape[:3], 1))
+    return noisy.astype(np.float32)
 
 
 def _glyphs(rng: np.random.Generator, which: np.ndarray, colour: np.ndarray) -> Float[np.ndarray, "n 8 8 3"]:

@@ -1,5 +1,6 @@
 """The Lightning module: forwards, objective, logging; no maths of its own."""
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ class GateTrainer(L.LightningModule):
             teacher = final_hidden(self.model, inputs)
         with attach_gates(self.model, self.gates) as record:
             student = final_hidden(self.model, inputs)
-        assert record.positions is not None and record.valid is not None
+        assert record.positions is not None
+        assert record.valid is not None
         self.last_log_beta = record.stacked()
         terms, figures = self.objective.loss(
             Collected(
@@ -67,6 +69,10 @@ class GateTrainer(L.LightningModule):
         logged = {f"loss/{name}": value.detach() for name, value in terms.means().items()}
         self.log_dict({"loss": loss.detach(), **logged, **figures}, prog_bar=True, batch_size=len(batch.ids))
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Everything an export needs besides the tensors, so that it needs no base."""
+        checkpoint["gate_card"] = json.dumps(self.gates.card_config())
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with the offsets in a group of their own; warm-up, then linear or cosine to 0."""

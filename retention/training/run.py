@@ -18,6 +18,7 @@ from retention.models.load import load_configured
 from retention.training.callbacks import HalfLives, HardEvictionValidation, RandomState
 from retention.training.config import TrainConfig
 from retention.training.datamodule import GateData
+from retention.training.export import chosen_record
 from retention.training.loggers import Tracking
 from retention.training.module import GateTrainer
 from retention.training.resume import claim, newest_checkpoint, settings
@@ -43,6 +44,7 @@ def run(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     model, processor = load_configured(config.model)
     gates = RetentionGates.for_model(config.gate, model)
+    gates.training_record = _record(config)
     renderer = Renderer(processor, family_of(model).visual_ids(model.config))
     module = GateTrainer(model, gates, config.objective, config.trainer, seed=config.seed)
     data = GateData(config.task, renderer, config.data, config.model.prompt_style, config.trainer.max_steps)
@@ -63,7 +65,7 @@ def run(config: TrainConfig) -> Path:
             module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
         )
     gates.load_state_dict(best.best)
-    gates.training_record = _record(config, best)
+    gates.training_record |= chosen_record(best.state_dict())
     gates.save_pretrained(artefact)
     tracking.finish(best.best_rows, artefact)
     _point_latest(folder)
@@ -94,7 +96,7 @@ def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEv
     )
 
 
-def _record(config: TrainConfig, best: HardEvictionValidation) -> dict[str, Any]:
+def _record(config: TrainConfig) -> dict[str, Any]:
     """What the artefact says of its training."""
     return {
         **config.objective.describe(),
@@ -103,9 +105,7 @@ def _record(config: TrainConfig, best: HardEvictionValidation) -> dict[str, Any]
         "seed": config.seed,
         "data_seed": config.data.seed,
         "steps": config.trainer.max_steps,
-        "chosen_step": best.best_step,
         "protected": {"sink_size": 0, "recent_size": 0},
-        "validation": {f"{row['scope']} {row['budget']}": round(row["accuracy"], 4) for row in best.best_rows},
     }
 
 

@@ -101,22 +101,27 @@ class Oracle:
         self.mask = torch.zeros(0, 0, dtype=torch.long)
         self.hidden = torch.zeros(0)
         self.place = torch.zeros(0)
+        self.weights: dict[int, Tensor] = {}
 
-    @torch.no_grad()
-    def feed(self, ids: Tensor, mask: Tensor | None = None, **extra: Any) -> Tensor:
-        mask = torch.ones_like(ids) if mask is None else mask
+    def advance(self, ids: Tensor, mask: Tensor) -> None:
+        """Make room for new tokens; they are seen and lie at their sequence positions."""
         rows, new = ids.shape
         if self.mask.numel() == 0:
             self.mask = mask[:, :0]
             self.hidden = torch.zeros(LAYERS, rows, KV_HEADS, 0, dtype=torch.bool)
             self.place = torch.zeros(LAYERS, rows, KV_HEADS, 0, dtype=torch.long)
         positions = (self.mask.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0)
+        self.queries = positions
         self.mask = torch.cat([self.mask, mask], 1)
         shape = (LAYERS, rows, KV_HEADS, new)
         self.hidden = torch.cat([self.hidden, (mask == 0)[None, :, None].expand(shape)], -1)
         self.place = torch.cat([self.place, positions[None, :, None].expand(shape)], -1)
-        self.queries = positions
         Oracle.current = self
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor, mask: Tensor | None = None, **extra: Any) -> Tensor:
+        """Logits of all new tokens."""
+        self.advance(ids, torch.ones_like(ids) if mask is None else mask)
         return self.model(
             input_ids=ids,
             attention_mask=torch.ones_like(self.mask),
@@ -161,6 +166,7 @@ def oracle_attention(
     column, own = torch.arange(length), torch.arange(length - new, length)[:, None]
     blocked = (column > own) | (hidden[:, :, None] & (column != own))
     weights = (scaling * query @ key.transpose(-1, -2)).masked_fill(blocked, float("-inf")).softmax(-1)
+    oracle.weights[layer] = weights
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
@@ -192,5 +198,3 @@ def policy_with(score: Any, **attributes: Any) -> Policy:
     for name, value in attributes.items():
         setattr(Custom, name, value)
     return Custom()
-
-

@@ -159,4 +159,6 @@ def test_output_has_the_dtype_of_the_queries(form):
     q, k, v, log_beta = draw(5)
     half = form(q.bfloat16(), k.bfloat16(), v.bfloat16(), log_beta, scaling=SCALING, positions=upto(5))
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), form(q, k, v, log_beta, scaling=SCALING, positions=upto(5)), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        half.float(), form(q, k, v, log_beta, scaling=SCALING, positions=upto(5)), rtol=0.05, atol=0.05
+    )

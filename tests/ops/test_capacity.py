@@ -17,9 +17,7 @@ def upto(tokens, batch=2):
 def dense64(log_beta):
     """`sum over i <= t of beta_i ** (t - i)` in float64, term by term."""
     log_beta = log_beta.double()
-    sizes = [
-        sum(torch.exp((t - i) * log_beta[..., i]) for i in range(t + 1)) for t in range(log_beta.shape[-1])
-    ]
+    sizes = [sum(torch.exp((t - i) * log_beta[..., i]) for i in range(t + 1)) for t in range(log_beta.shape[-1])]
     return torch.stack(sizes, -1)
 
 

@@ -1,0 +1,173 @@
+"""The ledger against an independent walk over every tensor a cache holds."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import retention.cache.evicting as evicting_module
+from retention import POLICIES, Budget, CacheConfig, EvictingCache, evicting
+from retention.cache.ledger import physical_bytes
+from tests.cache.helpers import (
+    EVICTING,
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    Conversation,
+    gates_of,
+    left_padded,
+    model_of,
+    small,
+    tokens,
+)
+
+SMALL = 1024
+ENTRY = 2 * HEAD_DIM * 4
+PROMPT = left_padded(tokens(2, 96, seed=1), [96, 60])
+EVERYTHING = {"extra_collectors": ("gate", "window_rows", "column_sums"), "packed": True}
+
+
+def walk(found: Any, storages: dict[int, int], visited: set[int]) -> dict[int, int]:
+    """Bytes by storage of every tensor reachable through attributes, lists and dicts; rotary frequencies aside."""
+    if id(found) in visited:
+        return storages
+    visited.add(id(found))
+    if isinstance(found, Tensor):
+        storage = found.untyped_storage()
+        if storage.nbytes():
+            storages[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(found, dict):
+        for name, value in found.items():
+            if name not in ("rope", "inv_freq"):
+                walk(value, storages, visited)
+    elif isinstance(found, list | tuple | set):
+        for value in found:
+            walk(value, storages, visited)
+    elif hasattr(found, "__dict__") and not isinstance(found, type):
+        walk(vars(found), storages, visited)
+    return storages
+
+
+def reachable(*roots: Any) -> int:
+    return sum(walk(list(roots), {}, set()).values())
+
+
+def assert_ledger(cache: EvictingCache) -> None:
+    """Equal but for control tensors smaller than a KiB in sum."""
+    assert abs(cache.bytes().total - reachable(cache)) < SMALL
+
+
+def assert_exact(cache: EvictingCache, entries: int) -> None:
+    physical = cache.bytes().physical
+    assert physical["keys"] == physical["values"] == entries * ENTRY // 2
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_ledger_equals_the_tensors(name, scope):
+    model, config = model_of(), CacheConfig(Budget(32.0), allocator=scope)
+    with evicting(model, small(name), config, gates=gates_of()) as cache:
+        told = Conversation(model, cache)
+        with cache.hold():
+            told.feed(*PROMPT)
+        assert_ledger(cache)
+        assert_exact(cache, 2 * 96 * LAYERS * KV_HEADS)
+        full = cache.bytes()
+        cache.evict()
+        assert_ledger(cache)
+        ledger = cache.bytes()
+        if name != "full":
+            assert_exact(cache, int(cache.kept().sum()))
+            assert ledger.total < 0.5 * full.total
+            assert (ledger.logical["keys"], ledger.logical["values"]) == (ledger.physical["keys"],) * 2
+            assert ledger.logical_total <= ledger.total
+        told.feed(tokens(2, 1))
+        assert_ledger(cache)
+        told.feed(tokens(2, 30, seed=2))
+        assert_ledger(cache)
+        assert cache.bytes().peak >= cache.bytes().total
+        assert cache.bytes().peak >= 2 * 96 * LAYERS * KV_HEADS * ENTRY
+        assert cache.bytes().peak >= full.total
+
+
+def test_padding_is_held_until_it_is_evicted():
+    """Physical bytes count what is allocated, padding included; logical ones only entries."""
+    model = model_of()
+    with evicting(model, small("knorm"), CacheConfig(Budget(200.0))) as cache:
+        Conversation(model, cache).feed(*PROMPT)
+        ledger = cache.bytes()
+    heads = LAYERS * KV_HEADS
+    assert ledger.physical["keys"] == 2 * 96 * heads * ENTRY // 2
+    assert ledger.logical["keys"] == (96 + 60) * heads * ENTRY // 2
+    assert ledger.physical["values"] - ledger.logical["values"] == 36 * heads * ENTRY // 2
+
+
+def test_half_precision_takes_half_the_bytes():
+    import copy
+
+    model = copy.deepcopy(model_of()).to(torch.bfloat16)
+    with evicting(model, small("knorm"), CacheConfig(Budget(32.0))) as cache:
+        Conversation(model, cache).feed(*PROMPT)
+        physical = cache.bytes().physical
+    assert physical["keys"] == physical["values"] == 2 * 32 * LAYERS * KV_HEADS * HEAD_DIM * 2
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+@pytest.mark.parametrize("name", EVICTING)
+def test_keys_and_values_take_the_bytes_of_the_budget(name, scope):
+    model, config = model_of(), CacheConfig(Budget(32.0), allocator=scope)
+    with evicting(model, small(name), config, gates=gates_of()) as cache:
+        Conversation(model, cache).feed(*PROMPT)
+        physical = cache.bytes().physical
+        counts = cache.kept()
+    if scope == "global" and name not in ("streaming_llm",):
+        assert counts.unique().numel() > 1
+    budget = 2 * 32 * LAYERS * KV_HEADS * ENTRY
+    assert abs(physical["keys"] + physical["values"] - budget) <= 0.03 * budget
+
+
+@pytest.mark.parametrize("chunk", [None, 24])
+@pytest.mark.parametrize("name", ["knorm", "h2o"])
+def test_the_peak_covers_what_an_eviction_holds_at_once(monkeypatch, name, chunk):
+    """While a policy decides, the stored tensors and the padded views of all layers exist together."""
+    model, held = model_of(), []
+    original = evicting_module.decide
+
+    def watched(states: Any, *args: Any) -> Any:
+        held.append(reachable(cache, states))
+        return original(states, *args)
+
+    monkeypatch.setattr(evicting_module, "decide", watched)
+    config = CacheConfig(Budget(32.0), allocator="global", prefill_chunk=chunk)
+    with evicting(model, small(name), config) as cache:
+        Conversation(model, cache).feed(*PROMPT)
+    assert len(held) == (1 if chunk is None else 4)
+    assert cache.bytes().peak >= max(held) - SMALL
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_fork_with_another_policy_holds_no_statistics_of_others(name):
+    model, config = model_of(), CacheConfig(Budget(32.0))
+    with evicting(model, small("full"), config, gates=gates_of(), **EVERYTHING) as source:
+        Conversation(model, source).feed(*PROMPT)
+        assert source.bytes().physical["statistics"] > 0
+        assert source.bytes().physical["scores"] > 0
+        twin = source.fork(small(name), config)
+        physical = twin.bytes().physical
+        names = {key for layer in twin.evicting_layers for key in layer.observed}
+        assert names == {"snapkv": {"window_rows"}, "h2o": {"column_sums"}}.get(name, set())
+        assert (physical["statistics"] > 0) == (name in ("snapkv", "h2o"))
+        assert (physical["scores"] > 0) == (name in ("trim_kv", "db_trim_kv"))
+        assert_ledger(twin)
+        assert twin.bytes().total <= twin.bytes().peak < source.bytes().peak
+        twin.evict()
+        assert_ledger(twin)
+        assert_exact(twin, 2 * 32 * LAYERS * KV_HEADS)
+
+
+def test_shared_storage_counts_once():
+    base = torch.zeros(100)
+    rows = physical_bytes({"keys": [base, base[:10]], "values": [base.view(10, 10), torch.zeros(3)]})
+    assert rows["keys"] == 400
+    assert rows["values"] == 12

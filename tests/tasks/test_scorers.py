@@ -1,0 +1,60 @@
+"""How answers are scored."""
+
+import pytest
+
+from retention.tasks.scorers import SCORERS, exact, norm, symbol
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  Seven\n of   NINE. ", "seven of nine"),
+        ("\uff17", "7"),
+        ("7.", "7"),
+        ("7 .", "7"),
+        ("7.5", "7.5"),
+        ("...", ".."),
+        ("", ""),
+    ],
+)
+def test_norm_folds_case_width_space_and_one_full_stop(text, expected):
+    assert norm(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("7", "7", 1.0),
+        (" Blue Whale.", "blue  whale", 1.0),
+        ("7 of them", "7", 0.0),
+        ("8", "7", 0.0),
+        ("", "7", 0.0),
+        ("77", "7", 0.0),
+    ],
+)
+def test_exact_wants_the_whole_answer(prediction, answer, score):
+    assert exact(prediction, answer) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("7", "7", 1.0),
+        ("7, I think", "7", 1.0),
+        (" 7.\n", "7", 1.0),
+        ("Red!", "red", 1.0),
+        ("7 8", "7", 1.0),
+        ("8 7", "7", 0.0),
+        ("the 7", "7", 0.0),
+        ("77", "7", 0.0),
+        ("", "7", 0.0),
+        (" . ", "7", 0.0),
+    ],
+)
+def test_symbol_reads_the_first_word(prediction, answer, score):
+    assert symbol(prediction, answer) == score
+
+
+def test_scorers_are_named():
+    assert set(SCORERS) == {"exact", "symbol"}
+    assert (SCORERS["exact"], SCORERS["symbol"]) == (exact, symbol)
