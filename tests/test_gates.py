@@ -40,7 +40,7 @@ def make(kind, seed=0, **shape):
         return RetentionGates(KINDS[kind], shape_of(**shape)).requires_grad_(False)
 
 
-def hidden(*lead, seed=0, width=D):
+def hidden(*lead, seed=1000, width=D):
     return torch.randn(*lead, width, generator=torch.Generator().manual_seed(seed))
 
 

@@ -43,6 +43,7 @@ class EvictingCache(Cache):
         self.meter = PeakMeter()
         self.columns = self.new_tokens = 0
         self.tail_padded = False
+        self.staging = 0
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
         self.visual = torch.zeros(0, 0, dtype=torch.bool)
         self.anchor: Int[Tensor, " batch"] | None = None
@@ -86,6 +87,8 @@ class EvictingCache(Cache):
 
     def after_forward(self) -> None:
         """Told after a forward through all layers: evict if it is time to."""
+        self.note_peak(self.staging)
+        self.staging = 0
         if self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens):
             self.evict()
 
@@ -233,6 +236,7 @@ class EvictingCache(Cache):
     def _select_shared(self, rows: Tensor) -> None:
         self.valid, self.visual = self.valid[rows], self.visual[rows]
         self.anchor = None if self.anchor is None else self.anchor[rows]
+        self.expected = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted entries cannot come back."""

@@ -47,7 +47,8 @@ class EvictingLayer(CacheLayerMixin):
         self.length += key_states.shape[2]
         self.store.append(key_states, value_states, staged)
         view = self.store.view()
-        self.owner.note_peak(staging=0 if view.kept == 0 else tensor_bytes(view.keys, view.values))
+        if view.kept:
+            self.owner.staging = max(self.owner.staging, tensor_bytes(view.keys, view.values))
         return view.keys, view.values
 
     def visible(self, queries: int) -> Bool[Tensor, "batch kv_heads queries keys"]:
@@ -81,7 +82,6 @@ class EvictingLayer(CacheLayerMixin):
                 if collector.accumulates and old is not None:
                     new = new + F.pad(old, (0, new.shape[-1] - old.shape[-1]))
                 self.observed[key] = new
-        self.owner.note_peak()
 
     def forget_unused(self, *, keep_gate: bool) -> None:
         """Free what the policy in force does not read: other policies' statistics, gate outputs."""

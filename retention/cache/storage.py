@@ -24,6 +24,11 @@ class PaddedView:
     """Length of the padded kept part."""
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a view into a larger one that it would keep alive (fused projections)."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() else tensor
+
+
 class LayerStorage:
     """Keys, values, positions and gate outputs of one layer."""
 
@@ -51,8 +56,8 @@ class LayerStorage:
         log_beta: Float[Tensor, "batch kv_heads tokens"] | None,
     ) -> None:
         """Add new tokens to the tail of every head."""
-        self.tail_keys = keys if self.tail_keys is None else torch.cat([self.tail_keys, keys], 2)
-        self.tail_values = values if self.tail_values is None else torch.cat([self.tail_values, values], 2)
+        self.tail_keys = _own(keys) if self.tail_keys is None else torch.cat([self.tail_keys, keys], 2)
+        self.tail_values = _own(values) if self.tail_values is None else torch.cat([self.tail_values, values], 2)
         if log_beta is not None:
             self.tail_log_beta = (
                 log_beta if self.tail_log_beta is None else torch.cat([self.tail_log_beta, log_beta], 2)

@@ -68,17 +68,23 @@ def answer_turns(
             rows = [carried[i] + t.questions[turn] for i, t in enumerate(rendered.turns)]
             logits = _forward(model, cache, *_left_pad(rows, pad))
             limit = max(e.turns[turn].max_new_tokens for e in rendered.examples)
-            produced = _greedy(model, cache, logits, limit)
+            produced = _greedy(model, cache, logits, limit, pad)
             for i, row in enumerate(produced.tolist()):
                 answers[i].append(row)
-                carried[i] = row[-1:]
+                carried[i] = row[-1:] if row[-1] != pad else []
     return answers
 
 
-def _greedy(model: "PreTrainedModel", cache: EvictingCache, logits: Tensor, limit: int) -> Int[Tensor, "batch new"]:
-    """Up to `limit` greedy tokens; the last one is not yet in the cache."""
+def _greedy(
+    model: "PreTrainedModel", cache: EvictingCache, logits: Tensor, limit: int, pad: int
+) -> Int[Tensor, "batch new"]:
+    """Up to `limit` greedy tokens, padding after a row's end of sequence; the last one is not yet in the cache."""
+    ends = model.generation_config.eos_token_id
+    stop = torch.tensor([] if ends is None else ends, dtype=torch.long, device=logits.device).flatten()
     produced = [logits.argmax(-1)]
-    for _ in range(limit - 1):
-        ids = produced[-1][:, None]
-        produced.append(_forward(model, cache, ids, torch.ones_like(ids)).argmax(-1))
+    alive = ~torch.isin(produced[-1], stop)
+    while len(produced) < limit and alive.any():
+        token = _forward(model, cache, produced[-1][:, None], alive.long()[:, None]).argmax(-1)
+        produced.append(torch.where(alive, token, pad))
+        alive = alive & ~torch.isin(token, stop)
     return torch.stack(produced, 1)

@@ -1,0 +1,41 @@
+"""Runs are tracked offline without an account, and without wandb at all."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def tracking(tmp_path, monkeypatch):
+    from retention.training.loggers import Tracking
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return lambda kind: Tracking(kind, tmp_path, "run", {"seed": 0}, 0)
+
+
+def test_wandb_offline_keeps_histograms_table_and_artefact(tracking, tmp_path):
+    (tmp_path / "gates").mkdir()
+    (tmp_path / "gates" / "gate_config.json").write_text(json.dumps({"a": 1}))
+    logs = tracking("wandb")
+    logs.histogram(torch.randn(2, 50), 3)
+    logs.finish([{"scope": "global", "budget": "5%", "accuracy": 0.5}], tmp_path / "gates")
+    written = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(written) == 1
+    content = written[0].read_bytes()
+    for expected in (b"half_life/layer1", b"validation under hard eviction", b"gates"):
+        assert expected in content
+
+
+def test_without_wandb_csv_is_used_and_one_line_says_so(tracking, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    logs = tracking("wandb")
+    assert [type(x).__name__ for x in logs.loggers] == ["CSVLogger"]
+    assert "wandb is not installed" in caplog.text
+
+
+def test_csv_alone_starts_no_wandb(tracking, tmp_path):
+    tracking("csv").finish([], tmp_path)
+    assert not list(tmp_path.glob("wandb"))
