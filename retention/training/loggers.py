@@ -42,7 +42,7 @@ class Tracking:
             )
             stored.add_dir(str(artefact))
             self.wandb.experiment.log_artifact(stored)
-            wandb.finish()
+            self.wandb.experiment.finish()
 
 
 def _wandb_logger(folder: Path, name: str, config: dict[str, Any]) -> Any:

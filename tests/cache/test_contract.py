@@ -153,7 +153,7 @@ def test_entries_never_exceed_budget_and_chunk(scope):
         assert max(int(kept.max()) for kept in held) == 6 + 4
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", ["knorm", "snapkv", "h2o"])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_a_last_chunk_of_one_token_is_evicted_too(name, chunk):
     with opened(name, CacheConfig(Budget(6.0), prefill_chunk=chunk)) as (cache, told):

@@ -135,7 +135,7 @@ def test_the_peak_covers_what_an_eviction_holds_at_once(monkeypatch, name, chunk
     original = evicting_module.decide
 
     def watched(states: Any, *args: Any) -> Any:
-        held.append(reachable(cache, states))
+        held.append(reachable(cache, [(state.keys, state.values) for state in states]))
         return original(states, *args)
 
     monkeypatch.setattr(evicting_module, "decide", watched)

@@ -1,7 +1,7 @@
 """Random conversations: whatever the order of calls, the cache keeps its promises."""
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -78,14 +78,13 @@ class CacheMachine(RuleBasedStateMachine):
     def hold(self):
         self.holding = self.told.cache.hold()
         self.holding.__enter__()
-        self.held = True
+        self.held, self.added = True, None
 
     @precondition(lambda self: self.held)
     @rule()
     def release(self):
         self.holding.__exit__(None, None, None)
-        self.held = False
-        self.asked = False
+        self.held = self.asked = False
 
     @precondition(lambda self: self.source is None and not self.held)
     @rule(same=st.booleans(), name=st.sampled_from(DECODING))
@@ -150,6 +149,8 @@ CacheMachine.TestCase.settings = settings(
     deadline=None,
     derandomize=True,
     database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 TestCache = CacheMachine.TestCase

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def test_wandb_offline_keeps_histograms_table_and_artefact(tracking, tmp_path):
     logs.finish([{"scope": "global", "budget": "5%", "accuracy": 0.5}], tmp_path / "gates")
     written = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(written) == 1
-    content = written[0].read_bytes()
+    deadline = time.monotonic() + 20
+    while b"half_life/layer1" not in (content := written[0].read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for expected in (b"half_life/layer1", b"validation under hard eviction", b"gates"):
         assert expected in content
 
