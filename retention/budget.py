@@ -67,8 +67,13 @@ class Budget:
     def __str__(self) -> str:
         """The form that `parse` reads."""
         if self.unit == "fraction":
-            return f"{100 * self.amount:g}%"
-        return f"{self.amount:g}" if self.unit == "tokens" else f"{self.amount:.0f}B"
+            return f"{_plain(100 * self.amount)}%"
+        return _plain(self.amount) if self.unit == "tokens" else f"{self.amount:.0f}B"
+
+
+def _plain(number: float) -> str:
+    """Without an exponent, which `parse` does not read."""
+    return f"{number:.10f}".rstrip("0").rstrip(".")
 
 
 def water_fill(
@@ -80,7 +85,7 @@ def water_fill(
     """
     caps = caps.long()
     total = min(int(total), int(caps.sum()))
-    counts = torch.minimum(torch.full_like(caps, floor), caps)
+    counts = torch.minimum(torch.full_like(caps, min(floor, total // max(len(caps), 1))), caps)
     share = counts.double()
     weights = weights.double().clamp(min=0)
     for _ in range(len(weights)):

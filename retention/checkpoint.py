@@ -14,6 +14,7 @@ from torch import Tensor
 
 FORMAT_VERSION = 1
 CONFIG, TENSORS, CARD = "gate_config.json", "gate_model.safetensors", "README.md"
+PARTS = ("base", "shape", "gate", "training")
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> Path:
@@ -69,9 +70,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"the gate artefact in {folder} is damaged ({str(error).splitlines()[0]}); export it again"
         ) from error
-    version = config.get("format_version")
+    version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
             f"expected a gate artefact of format {FORMAT_VERSION} or older in {folder}, got {version!r}; update retention"
         )
+    missing = [part for part in PARTS if part not in config]
+    if missing:
+        raise ValueError(f"the gate artefact in {folder} is damaged ({CONFIG} lacks {missing[0]}); export it again")
     return config, tensors

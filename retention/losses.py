@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Head = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocab"]]
 Pair = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 IGNORE = -100
 
@@ -16,7 +17,7 @@ def distillation_terms(
     student: Float[Tensor, "batch tokens hidden"],
     teacher: Float[Tensor, "batch tokens hidden"],
     labels: Int[Tensor, "batch tokens"],
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     *,
     chunk: int = 1024,
 ) -> tuple[Pair, Pair]:
@@ -37,7 +38,7 @@ def distillation_terms(
     return (kl, count), (ntp, count)
 
 
-def _token_sums(own: Tensor, other: Tensor, target: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _token_sums(own: Tensor, other: Tensor, target: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     log_student = head(own).float().log_softmax(-1)
     log_teacher = head(other).float().log_softmax(-1).detach()
     kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)

@@ -8,10 +8,26 @@ import pytest
 import torch
 
 SMALL = ["task.n_images=4", "task.n_needles=12", "task.n_asked=6", "task.n_turns=4"]
-FIELDS = (
-    "task policy scope protocol budget_fraction n accuracy ci_low ci_high full_accuracy retention accuracy_first_turn "
-    "accuracy_later_turns kept_fraction kv_bytes_full kv_bytes_kept kv_bytes_peak seed"
-).split()
+FIELDS = [
+    "task",
+    "policy",
+    "scope",
+    "protocol",
+    "budget_fraction",
+    "n",
+    "accuracy",
+    "ci_low",
+    "ci_high",
+    "full_accuracy",
+    "retention",
+    "accuracy_first_turn",
+    "accuracy_later_turns",
+    "kept_fraction",
+    "kv_bytes_full",
+    "kv_bytes_kept",
+    "kv_bytes_peak",
+    "seed",
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +93,7 @@ def test_pictures_report_and_manifest_are_written(evaluated):
         assert (folder / name).stat().st_size > 5000
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     manifest = (folder / "manifest.json").read_text()
     assert {"config", "versions", "hardware", "command", "caveats"} <= set(json.loads(manifest))
 
@@ -114,6 +130,10 @@ def test_heuristics_need_no_gates(tmp_path):
     from retention.evaluation.run import run
 
     small = [word.replace("task.", "task.ask_subset.") for word in SMALL]
-    result = run(compose("eval", ["gates=null", "policies=[keydiff]", "budgets=[16]", "examples=2", f"output_dir={tmp_path}", *small]))
+    result = run(
+        compose(
+            "eval", ["gates=null", "policies=[keydiff]", "budgets=[16]", "examples=2", f"output_dir={tmp_path}", *small]
+        )
+    )
     assert [row["policy"] for row in result.summary] == ["full", "keydiff"]
     assert logging.getLogger("retention").name == "retention"

@@ -44,6 +44,12 @@ def hidden(*lead, seed=1000, width=D):
     return torch.randn(*lead, width, generator=torch.Generator().manual_seed(seed))
 
 
+def last_projections_and_offsets(gates):
+    """The last projection of every layer, or the shared one."""
+    stored = gates.tensors()
+    return [(stored[name.replace("offset", "weight")], stored[name]) for name in stored if name.endswith("offset")]
+
+
 @every_kind
 def test_every_token_and_head_gets_one_log_beta_in_fp32_at_most_zero(kind):
     gates = make(kind)
@@ -66,6 +72,13 @@ def test_half_precision_trunks_give_fp32_log_beta_for_inputs_of_any_dtype(kind, 
         torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
 
 
+def test_the_last_projection_runs_in_fp32_behind_a_half_precision_trunk():
+    gates, x = make("trim").to(torch.bfloat16), hidden(1, 200)
+    features = gates.stack.layers[0][:2](x.bfloat16()).float()
+    weight, offset = (t.float() for t in last_projections_and_offsets(gates)[0])
+    torch.testing.assert_close(gates.stack.score(0, x.bfloat16()), features @ weight.T + offset, rtol=1e-6, atol=1e-6)
+
+
 @every_kind
 @pytest.mark.parametrize("tokens", [100.0, 10_000.0, 1e6])
 def test_gates_start_at_their_half_life_where_features_are_zero(kind, tokens):
@@ -74,18 +87,12 @@ def test_gates_start_at_their_half_life_where_features_are_zero(kind, tokens):
     torch.testing.assert_close(found, torch.full((1, H, 3), tokens), rtol=1e-3, atol=0)
 
 
-def last_projections(gates):
-    """The weights of the last projection of every layer."""
-    stored = gates.tensors()
-    return [stored[name.replace("offset", "weight")] for name in stored if name.endswith("offset")]
-
-
 @every_kind
 def test_half_lives_at_the_start_lie_evenly_around_the_given_one(kind):
     """The last projection is drawn symmetrically: its negative is as likely, and gives the mirrored log half-life."""
     gates, x = make(kind), hidden(2, 40)
     drawn = torch.stack([half_life(gates(layer, x)) for layer in range(L)])
-    for weight in last_projections(gates):
+    for weight, _ in last_projections_and_offsets(gates):
         weight.neg_()
     mirrored = torch.stack([half_life(gates(layer, x)) for layer in range(L)])
     both = torch.cat([drawn.flatten(), mirrored.flatten()])
@@ -96,7 +103,7 @@ def test_half_lives_at_the_start_lie_evenly_around_the_given_one(kind):
 
 @every_kind
 def test_last_projections_are_drawn_symmetrically_about_zero(kind):
-    drawn = torch.cat([w.flatten() for seed in range(60) for w in last_projections(make(kind, seed))])
+    drawn = torch.cat([w.flatten() for seed in range(60) for w, _ in last_projections_and_offsets(make(kind, seed))])
     assert (drawn > 0).float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / len(drawn) ** 0.5)
     assert drawn.std() > 0
 

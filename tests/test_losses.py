@@ -202,6 +202,12 @@ def test_capacity_is_zero_exactly_when_no_size_exceeds_the_budget(scope):
     assert number(capacity_loss(at_limit, QUERIES, BUDGET, scope=scope)[0]) > 0.0
 
 
+def test_a_query_at_the_budget_is_counted():
+    values = torch.tensor([5.0, 9.0]).expand(1, 1, 1, 2)
+    total, count = capacity_loss(values, torch.tensor([[4, 8]]), torch.tensor([4.0]), norm="budget")
+    assert (number(total), number(count)) == (pytest.approx((1 / 4 + 5 / 4) / 2), 1)
+
+
 def test_global_scope_lets_one_head_hold_more_when_another_holds_less():
     uneven = BUDGET[None, :, None, None].expand(2, 2, 3, 4).clone()
     uneven[0] += 1.0

@@ -45,7 +45,7 @@ def run_chunks(
         cache.begin(valid[:, start:end], visual[:, start:end], padded=padded)
         output = forward(*args, **part)
         hidden.append(output.last_hidden_state)
-        cache.after_forward()
+        cache.after_forward(prompt=tokens > 1)
         start = end
     assert output is not None
     if len(hidden) > 1:

@@ -61,7 +61,7 @@ def new_cache(
 
     shape = model_shape(model)
     stock = DynamicCache(config=model.config.get_text_config()).layers
-    layers = [None if i in shape.layers else layer for i, layer in enumerate(stock)]
+    layers: list[Any] = [None if i in shape.layers else layer for i, layer in enumerate(stock)]
     needs_rope = packed or config.positions == "packed"
     rope = rope_frequencies(model, family_of(model)) if needs_rope else None
     return EvictingCache(shape, layers, policy, config, extra_collectors=extra_collectors, inv_freq=rope)
@@ -107,12 +107,12 @@ def _install(model: "PreTrainedModel", layers: tuple[int, ...], gates: Retention
 
     @torch.no_grad()
     def before_attention(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, EvictingCache):
             return None
-        layer = cache.layers[module.layer_idx]
+        layer: Any = cache.layers[module.layer_idx]
         if gates is not None and "gate" in cache.collectors:
             layer.staged = gates(layers.index(module.layer_idx), kwargs["hidden_states"])
         return args, {**kwargs, "retention_layer": layer}

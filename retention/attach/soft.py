@@ -52,6 +52,7 @@ def gated_attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     log_beta, record = retention_gate
+    assert record.positions is not None
     if query.shape[2] != key.shape[2]:
         raise ValueError("gated training attention runs without a cache; pass use_cache=False")
     out = augmented_gated_attention(
@@ -90,7 +91,7 @@ def attach_gates(model: "PreTrainedModel", gates: RetentionGates) -> Iterator[Ga
         record.visual = facts.take(batch, tokens, inputs.device)
 
     def before_attention(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         number = gates.shape.layers.index(module.layer_idx)
         log_beta = gates(number, kwargs["hidden_states"])

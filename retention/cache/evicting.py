@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -85,11 +86,11 @@ class EvictingCache(Cache):
         self.columns, self.new_tokens = self.columns + valid.shape[1], valid.shape[1]
         self.tail_padded = self.tail_padded or (padded and not bool(valid.all()))
 
-    def after_forward(self) -> None:
-        """Told after a forward through all layers: evict if it is time to."""
+    def after_forward(self, *, prompt: bool) -> None:
+        """Told after a forward of a prompt, a chunk of one, or a decoded token: evict if it is time to."""
         self.note_peak(self.staging)
         self.staging = 0
-        if self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens):
+        if self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens, prompt=prompt):
             self.evict()
 
     @contextmanager
@@ -181,7 +182,8 @@ class EvictingCache(Cache):
             if isinstance(layer, EvictingLayer):
                 parts = {**layer.store.tensors(), "statistics": list(layer.observed.values())}
             else:
-                parts = {n: [x] for n, x in (("keys", layer.keys), ("values", layer.values)) if x is not None}
+                stock: Any = layer
+                parts = {n: [x] for n, x in (("keys", stock.keys), ("values", stock.values)) if x is not None}
             for item, found in parts.items():
                 groups.setdefault(item, []).extend(found)
         return groups
@@ -222,7 +224,7 @@ class EvictingCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams, in all layers and in what rows share."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any integer tensor will do
         self._select_shared(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -121,6 +121,7 @@ class EvictingLayer(CacheLayerMixin):
 
     def _packed(self, mask: Tensor, state: KVState, view: PaddedView) -> Float[Tensor, "batch kv_heads keys head_dim"]:
         """Keys turned so that the kept ones end right before the next token, without gaps."""
+        assert self.owner.inv_freq is not None
         written = state.positions.clone()
         if view.kept and self.owner.anchor is not None and self.store.counts is not None:
             rank = torch.arange(view.kept, device=mask.device)

@@ -85,11 +85,14 @@ class Renderer:
 
     def render(self, examples: list[Example]) -> Rendered:
         """Contexts as the processor encodes them, with turns and evidence positions."""
-        kwargs: dict[str, Any] = {"text": [self._context(e) for e in examples], "padding": True, "return_tensors": "pt"}
+        text, bos = [self._context(e) for e in examples], self.tokenizer.bos_token
+        kwargs: dict[str, Any] = {"text": text, "padding": True, "return_tensors": "pt"}
         images = [e.images for e in examples]
         if any(images):
             kwargs["images"] = images
-        inputs = dict(self.processor(add_special_tokens=False, padding_side="left", **kwargs))
+        inputs = dict(
+            self.processor(add_special_tokens=not (bos and text[0].startswith(bos)), padding_side="left", **kwargs)
+        )
         visual = torch.isin(inputs["input_ids"], self.visual_ids)
         evidence = [
             _evidence(example, visual[row][inputs["attention_mask"][row].bool()])

@@ -72,9 +72,9 @@ def load_gate_sets(config: EvalConfig) -> list[GateSet]:
     wanted = any(needs_gates(config, name) for name in config.policies)
     if config.gates is None or not wanted:
         if wanted:
-            names = ", ".join(name for name in config.policies if needs_gates(config, name))
+            listed = ", ".join(name for name in config.policies if needs_gates(config, name))
             raise ValueError(
-                f"the policies {names} need trained gates, got gates=null; train some with python train.py"
+                f"the policies {listed} need trained gates, got gates=null; train some with python train.py"
             )
         return [GateSet(None)]
     names = [found for part in config.gates.split(",") for found in (sorted(glob.glob(part)) or [part])]
@@ -138,7 +138,8 @@ def _write(folder: Path, config: EvalConfig, session: Session, started: float) -
 
 def _sample_turns(rows: list[dict[str, Any]], config: EvalConfig) -> list[dict[str, Any]]:
     """A few answers with what every policy said, at the picture budget, first protocol and seed."""
-    protocol, chosen = str(Protocol.parse(config.protocols[0])), {}
+    protocol = str(Protocol.parse(config.protocols[0]))
+    chosen: dict[tuple[str, int], dict[str, Any]] = {}
     budget = picture_budget(config)
     for row in rows:
         if (

@@ -111,7 +111,7 @@ def _cube(scores: dict[tuple, float]) -> Values:
 def _over_turns(cube: Values) -> Values:
     """Mean over the answered turns of each context: [seeds, clusters]."""
     present = np.isfinite(cube)
-    return _ratio(np.where(present, cube, 0.0).sum(axis=0), present.sum(axis=0))
+    return _ratio(np.where(present, cube, 0.0).sum(axis=0), present.sum(axis=0, dtype=float))
 
 
 def _bounds(name: str, draws: Values) -> Row:

@@ -180,7 +180,7 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         return None
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **hub: Any) -> "RetentionGates":
+    def from_pretrained(cls, name: str | Path, **hub: Any) -> "RetentionGates":  # type: ignore[override]  # ours
         """Read an artefact from a folder or a hub id.
 
         Raises:

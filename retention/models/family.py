@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from retention.types import ModelShape
 
@@ -44,8 +44,8 @@ class Family:
         )
 
 
-def decoder_of(model: "PreTrainedModel") -> nn.Module:
-    """The language decoder of a text or vision-language model."""
+def decoder_of(model: "PreTrainedModel") -> Any:
+    """The language decoder (a module with `layers`, `config`, `rotary_emb`) of a text or vision-language model."""
     return model.get_decoder()
 
 

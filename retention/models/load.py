@@ -75,7 +75,8 @@ def load_frozen(
         )
     visual = bool(FAMILIES[config.model_type].visual_token_attributes)
     factory = AutoModelForImageTextToText if visual else AutoModelForCausalLM
-    model = factory.from_pretrained(source, dtype=dtype, revision=revision).to(pick_device(device))
+    model: Any = factory.from_pretrained(source, dtype=dtype, revision=revision)
+    model.to(pick_device(device))
     model.config.name_or_path = EMBEDDED if name == EMBEDDED else name
     processor = (AutoProcessor if visual else AutoTokenizer).from_pretrained(source, revision=revision)
     return model.eval().requires_grad_(False), processor

@@ -29,18 +29,19 @@ def log_alpha(
 
 def half_life(log_beta: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Tokens after which retention has halved, `ln 2 / -log_beta`; inf where the gate never forgets."""
-    return math.log(2) / -log_beta.float()
+    return math.log(2) / log_beta.float().abs()
 
 
 def offset_for_half_life(tokens: float) -> float:
-    """Gate offset whose sigmoid retains one half after `tokens` tokens: `-log(expm1(ln 2 / tokens))`.
+    """Gate offset whose sigmoid retains one half after `tokens` tokens: `-log(expm1(ln 2 / tokens))`, written so that neither end overflows.
 
     Raises:
-        ValueError: for a half-life that is not positive.
+        ValueError: for a half-life that is not positive and finite.
     """
-    if not tokens > 0:
-        raise ValueError(f"expected a half-life above 0 tokens, got {tokens}; set init_half_life to e.g. 10000")
-    return -math.log(math.expm1(math.log(2) / tokens))
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"expected a finite half-life above 0 tokens, got {tokens}; set init_half_life to e.g. 10000")
+    rate = math.log(2) / tokens
+    return -rate - math.log(-math.expm1(-rate))
 
 
 def log_beta_from_score(score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -59,8 +59,9 @@ class _Rows:
 
 def _rows(ranking: Ranking, pattern: str) -> _Rows:
     tiers = torch.zeros_like(ranking.positions) if ranking.tiers is None else ranking.tiers
-    classes = torch.where(ranking.protected, tiers.amax() + 1, tiers).masked_fill(~ranking.valid, tiers.amin() - 1)
-    parts = (ranking.scores.float().masked_fill(~ranking.valid, 0.0), classes, ranking.positions, ranking.valid)
+    if tiers.numel():
+        tiers = torch.where(ranking.protected, tiers.amax() + 1, tiers).masked_fill(~ranking.valid, tiers.amin() - 1)
+    parts = (ranking.scores.float().masked_fill(~ranking.valid, 0.0), tiers, ranking.positions, ranking.valid)
     return _Rows(*(rearrange(x, f"layers batch kv_heads keys -> {pattern}") for x in parts))
 
 

@@ -59,6 +59,11 @@ class Needles(Task):
                 f"task.n_asked of at most {len(LETTERS)}",
                 self.n_asked,
             ),
+            (
+                self.n_asked is None or 0 <= self.n_needles - self.n_asked <= N_KEYS - len(LETTERS),
+                f"task.n_asked between {max(0, self.n_needles - N_KEYS + len(LETTERS))} and task.n_needles {self.n_needles}",
+                self.n_asked,
+            ),
             (self.cell_px >= 8, "task.cell_px of at least 8", self.cell_px),
         )
         for holds, expected, got in checks:
@@ -73,8 +78,8 @@ class Needles(Task):
         scene = draw_scene(rng, self._keys(rng), n_images=self.n_images, split=split)
         askable = [x for x in scene.needles if self.asked_colour in (None, x.name[0])]
         asked = [askable[i] for i in rng.permutation(len(askable))[: self.n_turns if n_turns is None else n_turns]]
-        scale = self.cell_px // 8
-        images = [np.kron(x, np.ones((scale, scale, 1), np.uint8)) if scale > 1 else x for x in scene.images]
+        source = np.arange(GRID * self.cell_px) * 8 // self.cell_px
+        images = [image[source][:, source] for image in scene.images]
         return Example(
             id=f"{self.name}/{self._variant()}/{split}/{seed}/{index}",
             segments=[Segment("image", image) for image in images],

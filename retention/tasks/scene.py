@@ -89,7 +89,8 @@ def draw_scene(
 def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """Non-overlapping (row, column) of `count` horizontal key-digit pairs."""
     for _ in range(PLACEMENT_TRIES):
-        free, places = np.ones((GRID, GRID), bool), []
+        free = np.ones((GRID, GRID), bool)
+        places: list[tuple[int, int]] = []
         for slot in rng.permutation(GRID * (GRID - 1))[: 4 * GRID]:
             row, column = divmod(int(slot), GRID - 1)
             if len(places) < count and free[row, column : column + 2].all():

@@ -24,7 +24,7 @@ class HardEvictionValidation(L.Callback):
         self.best_rows: list[Row] = []
         self.best_step, self.best_accuracy = 0, -1.0
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """Validate when a multiple of `every` or the end is reached."""
         step = trainer.global_step
         if step % self.every and step != self.steps:
@@ -55,7 +55,7 @@ class HalfLives(L.Callback):
     def __init__(self, every: int, draw: Callable[[Tensor, int], None]) -> None:
         self.every, self.draw = every, draw
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """log10 half-life over all layers and tokens of the last batch."""
         if trainer.global_step % self.every:
             return

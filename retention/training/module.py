@@ -74,7 +74,7 @@ class GateTrainer(L.LightningModule):
         """Everything an export needs besides the tensors, so that it needs no base."""
         checkpoint["gate_card"] = json.dumps(self.gates.card_config())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with the offsets in a group of their own; warm-up, then linear or cosine to 0."""
         c = self.config
         offsets = [p for name, p in self.gates.named_parameters() if name.endswith("offset")]

@@ -212,14 +212,28 @@ def test_decoded_tokens_stay_without_evict_every():
         assert cache.kept_table()[..., 20:25].all()
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", DECODING)
 def test_evict_on_request_while_decoding(name):
     """The caller may ask at any time; entries no query of a prompt saw have no statistics yet."""
-    with opened(name, CacheConfig(Budget(6.0))) as (cache, told):
+    with opened(name, CacheConfig(Budget(6.0)), extra_collectors=("column_sums",)) as (cache, told):
         told.feed(tokens(3, 20))
-        decode(told, 3)
+        for start in (0, 3):
+            decode(told, 3, start=start)
+            cache.evict()
+            assert cache.kept().sum((0, 2)).tolist() == [6 * HEADS] * 3
+
+
+def test_snapkv_on_request_needs_a_prompt_since_the_last_eviction():
+    with opened("snapkv", CacheConfig(Budget(6.0))) as (cache, told):
+        with cache.hold():
+            told.feed(tokens(3, 20))
+            decode(told, 2)
         cache.evict()
-        assert cache.kept().sum((0, 2)).tolist() == [6 * HEADS] * 3
+        assert (cache.kept() == 6).all()
+        cache.evict()
+        decode(told, 2)
+        with pytest.raises(ValueError, match="prompt"):
+            cache.evict()
 
 
 # --- protection ---------------------------------------------------------------------------------------------
@@ -372,10 +386,12 @@ def test_reset_forgets_everything():
 
 
 def test_what_cannot_be_done_is_refused():
-    with opened("knorm", CacheConfig(Budget(6.0))) as (cache, told):
+    with opened("knorm", CacheConfig(Budget(6.0)), extra_collectors=("window_rows",)) as (cache, told):
         assert not cache.is_croppable
         with pytest.raises(NotImplementedError, match="cannot be cropped"):
             cache.crop(1)
+        with pytest.raises(ValueError, match="packed' needs the model's rotary frequencies"):
+            cache.fork(config=CacheConfig(positions="packed"))
         told.feed(tokens(2, 12))
         with pytest.raises(NotImplementedError, match="cannot be cropped"):
             cache.layers[1].crop(-1)
@@ -383,8 +399,6 @@ def test_what_cannot_be_done_is_refused():
             told.model(tokens(1, 3), past_key_values=cache)
         with pytest.raises(ValueError, match="SnapKV decides after the prompt only"):
             cache.fork(small("snapkv"), CacheConfig(evict_every=2))
-        with pytest.raises(ValueError, match="packed' needs the model's rotary frequencies"):
-            cache.fork(config=CacheConfig(positions="packed"))
     with (
         pytest.raises(ValueError, match="SnapKV decides after the prompt only"),
         opened("snapkv", CacheConfig(evict_every=2)),

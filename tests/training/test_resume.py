@@ -33,7 +33,11 @@ def finish(*more: str) -> None:
 
 def kill_after_first_checkpoint(folder: Path) -> None:
     process = subprocess.Popen(
-        command(f"output_dir={folder}"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(f"output_dir={folder}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 240
     while not list(folder.glob("checkpoints/*.ckpt")) and process.poll() is None and time.monotonic() < deadline:

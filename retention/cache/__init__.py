@@ -1,0 +1,1 @@
+"""The evicting cache: storage, decision, trigger, ledger."""

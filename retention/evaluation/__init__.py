@@ -1,0 +1,1 @@
+"""Protocols, runner, statistics, pictures, report; import the module you need."""

@@ -1,0 +1,1 @@
+"""Lightning around gates and objectives; import the module you need."""
