@@ -42,10 +42,10 @@ def run_chunks(
     hidden, start, output = [], 0, None
     for end in ends:
         part = kwargs if len(ends) == 1 else _cut(kwargs, start, end, tokens)
-        cache.begin(valid[:, start:end], visual[:, start:end], padded=padded)
+        cache.begin(valid[:, start:end], visual[:, start:end], prompt=tokens > 1, padded=padded)
         output = forward(*args, **part)
         hidden.append(output.last_hidden_state)
-        cache.after_forward(prompt=tokens > 1)
+        cache.after_forward()
         start = end
     assert output is not None
     if len(hidden) > 1:

@@ -42,7 +42,7 @@ def evicting_attention(
         queries, groups = query.shape[2], query.shape[1] // key.shape[1]
         if retention_layer.store.counts is not None:
             attention_mask = retention_layer.attention_mask(queries, groups)
-        if retention_layer.owner.observing(queries):
+        if retention_layer.owner.observing():
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             retention_layer.observe(Observation(query, key, retention_layer.visible(queries), scale))
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

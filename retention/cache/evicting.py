@@ -44,6 +44,7 @@ class EvictingCache(Cache):
         self.meter = PeakMeter()
         self.columns = self.new_tokens = 0
         self.tail_padded = False
+        self.in_prompt = False
         self.staging = 0
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
         self.visual = torch.zeros(0, 0, dtype=torch.bool)
@@ -74,23 +75,29 @@ class EvictingCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
     def begin(
-        self, valid: Bool[Tensor, "batch tokens"], visual: Bool[Tensor, "batch tokens"], *, padded: bool = True
+        self,
+        valid: Bool[Tensor, "batch tokens"],
+        visual: Bool[Tensor, "batch tokens"],
+        *,
+        prompt: bool,
+        padded: bool = True,
     ) -> None:
-        """Told before a forward: which of its tokens are padding, which are visual, whether any is padding."""
+        """Told before a forward: which of its tokens are padding, which are visual, whether it is (part of) a prompt."""
         if self.columns == 0:
             self.valid, self.visual = valid[:, :0], visual[:, :0]
         if valid.shape[0] != self.valid.shape[0]:
             raise ValueError(f"the cache holds a batch of {self.valid.shape[0]}, the forward has {valid.shape[0]} rows")
         self.valid = torch.cat([self.valid, valid], 1)
         self.visual = torch.cat([self.visual, visual & valid], 1)
+        self.in_prompt = prompt
         self.columns, self.new_tokens = self.columns + valid.shape[1], valid.shape[1]
         self.tail_padded = self.tail_padded or (padded and not bool(valid.all()))
 
-    def after_forward(self, *, prompt: bool) -> None:
+    def after_forward(self) -> None:
         """Told after a forward of a prompt, a chunk of one, or a decoded token: evict if it is time to."""
         self.note_peak(self.staging)
         self.staging = 0
-        if self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens, prompt=prompt):
+        if self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens, prompt=self.in_prompt):
             self.evict()
 
     @contextmanager
@@ -102,9 +109,9 @@ class EvictingCache(Cache):
         finally:
             self.automatic = before
 
-    def observing(self, queries: int) -> bool:
+    def observing(self) -> bool:
         """Whether collectors need this forward."""
-        return queries > 1 or (self.automatic and self.config.evict_every is not None)
+        return self.in_prompt or (self.automatic and self.config.evict_every is not None)
 
     def accumulating(self) -> set[str]:
         """Names of statistics that survive an eviction."""
