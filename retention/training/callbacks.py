@@ -12,6 +12,12 @@ from retention.ops.decay import half_life
 Row = dict[str, Any]
 
 
+def _record(trainer: L.Trainer, figures: dict[str, float]) -> None:
+    """Log figures at this step only; `module.log` would repeat them in every later row."""
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=trainer.global_step)
+
+
 class HardEvictionValidation(L.Callback):
     """Every `every` steps: accuracy under hard eviction; the gates of the best step are kept for export.
 
@@ -33,7 +39,7 @@ class HardEvictionValidation(L.Callback):
         chosen = [row["accuracy"] for row in rows if row["scope"] == "global" and row["budget"] != "full"]
         accuracy = sum(chosen) / len(chosen)
         figures = {f"val/{row['scope']}_{row['budget']}": row["accuracy"] for row in rows}
-        module.log_dict({**figures, "val/hard_accuracy": accuracy})
+        _record(trainer, {**figures, "val/hard_accuracy": accuracy})
         module.log("val", accuracy, prog_bar=True, logger=False)
         if accuracy >= self.best_accuracy:
             self.best = {k: v.detach().clone() for k, v in module.gates.state_dict().items()}
@@ -62,10 +68,12 @@ class HalfLives(L.Callback):
         log_beta = torch.stack([x.detach() for x in module.last_log_beta])
         lives = half_life(log_beta.clamp(max=-1e-9)).log10().flatten(1)
         levels = torch.tensor([0.1, 0.5, 0.9], device=lives.device)
-        for layer, row in enumerate(torch.quantile(lives, levels, dim=1).T.tolist()):
-            module.log_dict(
-                {f"half_life/layer{layer}_{name}": v for name, v in zip(("p10", "p50", "p90"), row, strict=True)}
-            )
+        names = ("p10", "p50", "p90")
+        rows = torch.quantile(lives, levels, dim=1).T.tolist()
+        _record(
+            trainer,
+            {f"half_life/layer{i}_{name}": v for i, row in enumerate(rows) for name, v in zip(names, row, strict=True)},
+        )
         self.draw(lives, trainer.global_step)
 
 

@@ -651,3 +651,42 @@ def test_budgets_may_be_written_as_whole_numbers():
     with opened("knorm", CacheConfig(Budget(5))) as (cache, told):
         told.feed(tokens(1, 12))
         assert (cache.kept() == 5).all()
+
+
+# --- gates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_gates_rank_what_their_layer_reads(chunk):
+    """The pool's winners, ranked by hand from the gates' outputs on each layer's attention input."""
+    model, gates, read = model_of(), gates_of(), {}
+    (ids, mask), handles = CONTEXT, []
+    for number, layer in enumerate(model.get_decoder().layers):
+        handles.append(
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, __, kwargs, number=number: read.update({number: kwargs["hidden_states"]}), with_kwargs=True
+            )
+        )
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        log_beta = torch.stack([gates(number, read[number]) for number in range(LAYERS)])
+    for handle in handles:
+        handle.remove()
+    with opened("db_trim_kv", CacheConfig(Budget(5.0), prefill_chunk=chunk)) as (cache, told):
+        with cache.hold():
+            told.feed(ids, mask)
+        states = [layer.state()[0] for layer in cache.evicting_layers]
+        assert all((s.log_beta - b)[s.valid].abs().max() < 1e-5 for s, b in zip(states, log_beta, strict=True))
+        cache.evict()
+        table = cache.kept_table()
+    for row, length in enumerate(LENGTHS):
+        own = log_beta[:, row, :, -length:].reshape(HEADS, length)
+        scored = sorted(
+            ((length - place) * float(own[head, place]), place, head)
+            for head in range(HEADS)
+            for place in range(length)
+        )
+        winners = {(head, place) for _, place, head in scored[::-1][: 5 * HEADS]}
+        kept = torch.nonzero(table[:, row].reshape(HEADS, -1)).tolist()
+        assert {(head, place) for head, place in kept} == winners

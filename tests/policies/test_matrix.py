@@ -99,10 +99,15 @@ def test_padding_and_holes_do_not_change_scores(name, before, inside):
     assert torch.allclose(policy.score(wide)[:, :, slots], policy.score(kv), atol=1e-6)
 
 
+def winners(states: list[KVState], policy: Any, config: CacheConfig, budgets: torch.Tensor) -> torch.Tensor | None:
+    """Which entries stay."""
+    return decide(states, policy, config, budgets)
+
+
 def keep(name: str, **changes: Any) -> tuple[torch.Tensor, list[KVState]]:
     states = [state(layer=layer) for layer in range(3)]
     config = CacheConfig(Budget(5.0), **changes)
-    masks = decide(states, POLICIES[name](), config, torch.tensor([5, 4]))
+    masks = winners(states, POLICIES[name](), config, torch.tensor([5, 4]))
     assert masks is not None
     return masks, states
 
@@ -157,7 +162,7 @@ def test_higher_scores_stay(name, scope):
 def test_nothing_over_budget_decides_nothing():
     for scope in ("uniform", "global"):
         config = CacheConfig(Budget(12.0), allocator=scope)
-        assert decide([state()], Knorm(), config, torch.tensor([12, 40])) is None
+        assert winners([state()], Knorm(), config, torch.tensor([12, 40])) is None
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -195,10 +200,10 @@ def test_keydiff_prefers_the_odd_one_out():
 
 
 def test_streaming_keeps_sinks_and_the_newest():
-    masks = decide([state()], StreamingLLM(sinks=2), CacheConfig(Budget(5.0)), torch.tensor([5, 3]))
+    masks = winners([state()], StreamingLLM(sinks=2), CacheConfig(Budget(5.0)), torch.tensor([5, 3]))
     assert torch.nonzero(masks[0, 0, 0]).flatten().tolist() == [0, 1, 9, 10, 11]
     assert torch.nonzero(masks[0, 1, 2]).flatten().tolist() == [0, 1, 11]
-    masks = decide([state()], StreamingLLM(sinks=4), CacheConfig(Budget(3.0)), torch.tensor([3, 3]))
+    masks = winners([state()], StreamingLLM(sinks=4), CacheConfig(Budget(3.0)), torch.tensor([3, 3]))
     assert torch.nonzero(masks[0, 0, 0]).flatten().tolist() == [1, 2, 3]
 
 
@@ -207,7 +212,7 @@ def test_h2o_divides_by_the_queries_that_saw_a_key():
     sums = kv.statistics["column_sums"]
     assert torch.equal(H2O(normalise="raw").score(kv), sums)
     assert torch.allclose(H2O().score(kv), sums / torch.arange(KEYS, 0, -1))
-    masks = decide([kv], H2O(), CacheConfig(Budget(5.0)), torch.tensor([5, 4]))
+    masks = winners([kv], H2O(), CacheConfig(Budget(5.0)), torch.tensor([5, 4]))
     assert masks[0, :, :, -2:].all()
     heavy = (sums / torch.arange(KEYS, 0, -1))[0, 0, :-2].topk(3).indices
     assert masks[0, 0, 0, heavy].all()
@@ -229,7 +234,7 @@ def test_snapkv_keeps_its_window_within_half_the_budget():
     assert [SnapKV(window_size=4).recent(n) for n in (3, 8, 20)] == [1, 4, 4]
     kv = state()
     kv.statistics["window_rows"][..., :9] += 10.0
-    masks = decide([kv], SnapKV(window_size=4), CacheConfig(Budget(8.0)), torch.tensor([8, 4]))
+    masks = winners([kv], SnapKV(window_size=4), CacheConfig(Budget(8.0)), torch.tensor([8, 4]))
     assert masks[0, 0, :, -4:].all()
     assert masks[0, 1, :, -2:].all()
     assert not masks[0, 1, :, -4:-2].any()
@@ -259,7 +264,7 @@ def test_gates_rank_by_retention_at_the_next_query(policy):
     assert torch.allclose(scores, kv.log_beta * torch.arange(KEYS, 0, -1))
     kv.log_beta = torch.full_like(kv.log_beta, -0.1)
     kv.log_beta[:, :, 3] = -1e-4
-    masks = decide([kv], policy, CacheConfig(Budget(4.0)), torch.tensor([4, 4]))
+    masks = winners([kv], policy, CacheConfig(Budget(4.0)), torch.tensor([4, 4]))
     kept = [3, 9, 10, 11]
     assert torch.equal(masks[0, 0, 0], torch.isin(torch.arange(KEYS), torch.tensor(kept)))
 
@@ -267,9 +272,9 @@ def test_gates_rank_by_retention_at_the_next_query(policy):
 def test_one_pool_gives_entries_to_the_heads_that_forget_slowly():
     kv = state()
     kv.log_beta = torch.tensor([-1e-6, -0.5, -5.0])[None, :, None].expand(ROWS, HEADS, KEYS)
-    masks = decide([kv], DBTrimKV(), CacheConfig(Budget(5.0)), torch.tensor([5, 4]))
+    masks = winners([kv], DBTrimKV(), CacheConfig(Budget(5.0)), torch.tensor([5, 4]))
     assert masks[0].sum(-1).tolist() == [[12, 3, 0], [12, 0, 0]]
-    masks = decide([kv], TrimKV(), CacheConfig(Budget(5.0)), torch.tensor([5, 4]))
+    masks = winners([kv], TrimKV(), CacheConfig(Budget(5.0)), torch.tensor([5, 4]))
     assert masks[0].sum(-1).tolist() == [[5, 5, 5], [4, 4, 4]]
 
 
