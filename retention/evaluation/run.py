@@ -119,7 +119,9 @@ def _write(folder: Path, config: EvalConfig, session: Session, started: float) -
             )
         )
     if any(row["accuracy_later_turns"] is not None for row in summary):
-        pictures.append(plots.deferred_curve(summary, folder / "deferred.png", config.tasks[0]))
+        budget, policies = picture_budget(config), _attentive(config)
+        picture = folder / "deferred.png"
+        pictures.append(plots.deferred_curve(summary, picture, config.tasks[0], budget=budget, policies=policies))
     title = f"retention: {', '.join(config.tasks)}"
     page = report.write_report(
         folder, summary=summary, manifest=manifest, title=title, examples=_sample_turns(rows, config)
@@ -134,6 +136,17 @@ def _write(folder: Path, config: EvalConfig, session: Session, started: float) -
         page,
     ]
     return Result(report.table_text(summary), summary, files)
+
+
+def _attentive(config: EvalConfig) -> list[str]:
+    """Policies for the picture by turn: full, those that watch attention, and the gates' global pool."""
+    watching = ("window_rows", "column_sums")
+    names = [
+        n
+        for n in config.policies
+        if n in config.policy and (config.policy[n].collector in watching or config.policy[n].selector == "global")
+    ]
+    return ["full", *(names or config.policies)]
 
 
 def _sample_turns(rows: list[dict[str, Any]], config: EvalConfig) -> list[dict[str, Any]]:
