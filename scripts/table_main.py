@@ -124,6 +124,39 @@ def targets(rows: dict[str, list[dict]]) -> list[tuple[str, str, str, bool]]:
     return table
 
 
+def readings(rows: dict[str, list[dict]]) -> list[str]:
+    """What the tables say on over-length contexts, streaming, and questions seen before the eviction, in sentences."""
+    lines = []
+    for task in ("needles_1440", "needles_1980"):
+        full = next(r for r in rows["over length"] if r["policy"] == "full" and r["task"] == task)
+        said = {
+            (name, where): pick(rows["over length"], name, "5%", task=task, positions=where)["accuracy"]
+            for name in ("db_trim_kv", "keydiff")
+            for where in ("original", "packed")
+        }
+        lines.append(
+            f"- {task}, 5% kept: full cache {full['accuracy']:.3f}; gates {said['db_trim_kv', 'original']:.3f} with original and "
+            f"{said['db_trim_kv', 'packed']:.3f} with packed positions; KeyDiff {said['keydiff', 'original']:.3f} and "
+            f"{said['keydiff', 'packed']:.3f}. Both columns keep the same entries: what lifts accuracy above the full cache is that "
+            "packing brings the keys back inside the trained distance, not that distractors are gone."
+        )
+    for budget in ("5%", "1.25%"):
+        once = pick(rows["streaming"], "db_trim_kv", budget, protocol="after_prefill")
+        stream = pick(rows["streaming"], "db_trim_kv", budget, protocol="chunked")
+        if once and stream:
+            lines.append(
+                f"- Streaming, {budget} kept, evicting after every image: {stream['accuracy']:.3f} with a peak of "
+                f"{stream['kv_bytes_peak'] / 1024:.0f} KiB; one shot: {once['accuracy']:.3f} with {once['kv_bytes_peak'] / 1024:.0f} KiB "
+                "(the whole prompt)."
+            )
+    seen = pick(rows["plain"], "snapkv", "5%", protocol="aware")
+    lines.append(
+        f"- Plain needles, 5% kept, SnapKV that saw the first question: {seen['accuracy_first_turn']:.3f} on the first turn, "
+        f"{seen['accuracy_later_turns']:.3f} on later ones."
+    )
+    return lines
+
+
 def page(rows: dict[str, list[dict]], goals: list[tuple[str, str, str, bool]], seconds: list[float]) -> str:
     """The results page: conditions, targets, one table per evaluation."""
     versions, machine = package_versions(), hardware()
@@ -138,6 +171,9 @@ def page(rows: dict[str, list[dict]], goals: list[tuple[str, str, str, bool]], s
         "not about large models. A row `quota+X` keeps X's scores and takes the gates' own share of every layer and head.", "",
         "## Aims", "", "| aim | best other | measured | met |", "|---|---|---|---|",
         *(f"| {a} | {b} | {c} | {'yes' if d else '**no**'} |" for a, b, c, d in goals), "",
+        "## Readings", "", *readings(rows), "",
+        "![Accuracy by turn: SnapKV and H2O that saw the first question, and those that did not](deferred.png)", "",
+        "![Kept share by layer and head](survival.png)", "", "![Over-length contexts](over_length.png)", "",
     ]  # fmt: skip
     for name, found in rows.items():
         parts += [f"## {name[0].upper()}{name[1:]}", "", table_markdown(found), ""]

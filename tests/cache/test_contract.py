@@ -165,6 +165,11 @@ def test_a_fraction_is_of_the_whole_prompt_under_chunks():
     with opened("knorm", CacheConfig(QUARTER, prefill_chunk=8)) as (cache, told):
         told.feed(*CONTEXT)
         assert cache.kept().sum((0, 2)).tolist() == [6 * HEADS, 4 * HEADS, 2 * HEADS]
+    oldest = policy_with(lambda kv: -kv.positions.float())
+    with opened(oldest, CacheConfig(QUARTER, prefill_chunk=8)) as (cache, told):
+        told.feed(*CONTEXT)
+        for row, budget in enumerate((6, 4, 2)):
+            assert cache.kept_table()[:, row, :, :budget].all()
 
 
 def test_chunks_end_after_every_image():
