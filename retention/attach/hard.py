@@ -90,9 +90,12 @@ def evicting(
         raise ValueError(
             f"{type(policy).__name__} ranks by trained gates and none were given; pass gates=RetentionGates..."
         )
+    extra = tuple(extra_collectors)
+    if "gate" in extra and gates is None:
+        raise ValueError("collecting 'gate' needs trained gates and none were given; pass gates=RetentionGates...")
     if gates is not None:
         gates.check(model)
-    cache = new_cache(model, policy, config, extra_collectors=extra_collectors, packed=packed)
+    cache = new_cache(model, policy, config, extra_collectors=extra, packed=packed)
     register_attention(NAME, evicting_attention)
     with ExitStack() as stack:
         stack.enter_context(attached(model, NAME))
@@ -142,9 +145,13 @@ def _decoder_forward(model: "PreTrainedModel") -> Iterator[None]:
         ends = chunk_ends(cache.config, visual, tokens)
         return run_chunks(original, args, kwargs, cache, ends, valid, visual)
 
+    own = vars(decoder).get("forward")
     decoder.forward = forward
     try:
         yield
     finally:
-        del decoder.forward
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own
         hook.remove()

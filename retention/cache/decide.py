@@ -1,5 +1,7 @@
 """Who stays: a policy's scores, an allocator's counts and a selector, brought together for all layers at once."""
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -13,10 +15,13 @@ from retention.types import KVState
 
 
 def decide(
-    states: list[KVState], policy: Policy, config: CacheConfig, budgets: Int[Tensor, " batch"]
+    states: Iterable[KVState],
+    policy: Policy,
+    config: CacheConfig,
+    budgets: Int[Tensor, " batch"],
+    available: Int[Tensor, "layers batch kv_heads"],
 ) -> Bool[Tensor, "layers batch kv_heads keys"] | None:
-    """Score, allocate, select; None when everything fits."""
-    available = torch.stack([state.valid.sum(-1) for state in states])
+    """Score, allocate, select; None when everything fits. `states` is read once, one layer at a time."""
     table = None if config.quota is None else torch.tensor(config.quota, device=available.device)
     counts = ALLOCATORS[config.allocator or policy.allocator](budgets, AllocationInput(available, table))
     selector = _selector(policy, config, counts)
@@ -59,23 +64,21 @@ def _recent(
 
 
 def _ranking(
-    states: list[KVState], policy: Policy, config: CacheConfig, recent: Int[Tensor, "layers batch kv_heads"]
+    states: Iterable[KVState], policy: Policy, config: CacheConfig, recent: Int[Tensor, "layers batch kv_heads"]
 ) -> select.Ranking:
     """Scores of all layers on a common length, with what is protected."""
-    longest = max(state.keys.shape[2] for state in states)
+    rows = [
+        (s.positions, s.valid, policy.score(s).float().masked_fill(~s.valid, 0.0), policy.tiers(s), s.seen)
+        for s in states
+    ]
+    longest = max(row[0].shape[-1] for row in rows)
 
-    def stack(parts: list[Tensor]) -> Tensor:
+    def stack(parts: Iterable[Tensor]) -> Tensor:
         return torch.stack([F.pad(x, (0, longest - x.shape[-1])) for x in parts])
 
-    positions, valid = stack([s.positions for s in states]), stack([s.valid for s in states])
-    newest = states[0].seen[None, :, None, None] - recent[..., None]
+    places, present, scores, tiers, seen = zip(*rows, strict=True)
+    positions, valid = stack(places), stack(present)
+    newest = seen[0][None, :, None, None] - recent[..., None]
     protected = (positions < config.sink_size) | (positions >= newest)
-    scores = stack([policy.score(s).float().masked_fill(~s.valid, 0.0) for s in states])
-    tiers = [policy.tiers(s) for s in states]
-    return select.Ranking(
-        scores,
-        positions,
-        valid,
-        protected & valid,
-        None if tiers[0] is None else stack([t for t in tiers if t is not None]),
-    )
+    levels = None if tiers[0] is None else stack(t for t in tiers if t is not None)
+    return select.Ranking(stack(scores), positions, valid, protected & valid, levels)

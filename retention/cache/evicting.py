@@ -152,13 +152,15 @@ class EvictingCache(Cache):
         if not self.policy.evicts:
             return
         layers = self.evicting_layers
-        pairs = [layer.state() for layer in layers]
-        masks = decide([state for state, _ in pairs], self.policy, self.config, self.budgets())
+        states = (layer.state()[0] for layer in layers)
+        masks = decide(states, self.policy, self.config, self.budgets(), self.kept())
         if masks is None:
             return
-        for layer, (state, view), mask in zip(layers, pairs, masks, strict=True):
+        for layer, mask in zip(layers, masks, strict=True):
+            state, view = layer.state()
             layer.keep(mask[..., : state.keys.shape[2]], state, view)
             self.note_peak(staging=tensor_bytes(view.keys, view.values))
+            del state, view
         self.anchor, self.evicted, self.tail_padded = self.seen(), True, False
 
     def kept(self) -> Int[Tensor, "layers batch kv_heads"]:
@@ -218,12 +220,21 @@ class EvictingCache(Cache):
         """
         twin = copy.copy(self)
         other = policy is not None or config is not None
+        needed = (policy or self.policy).collector
+        if needed not in ("none", "keys_values", *self.collectors):
+            raise ValueError(
+                f"{type(policy).__name__} reads {needed!r}, which this cache did not collect; open it with "
+                f"extra_collectors=({needed!r},)"
+            )
+        if self.evicted and self.inv_freq is None and config is not None and config.positions == "packed":
+            raise ValueError("entries were evicted at original positions already; a fork cannot make them packed")
         twin.meter = PeakMeter() if other else copy.copy(self.meter)
         twin.layers = [copy.copy(layer) for layer in self.layers]
         for layer in twin.evicting_layers:
             layer.owner, layer.store, layer.observed = twin, copy.copy(layer.store), dict(layer.observed)
         twin.extra_collectors = ()
         twin._configure(policy or self.policy, config or self.config)
+        twin.trigger.since_eviction = self.trigger.since_eviction
         for layer in twin.evicting_layers:
             layer.forget_unused(keep_gate="gate" in twin.collectors)
         twin.note_peak()
@@ -245,7 +256,7 @@ class EvictingCache(Cache):
     def _select_shared(self, rows: Tensor) -> None:
         self.valid, self.visual = self.valid[rows], self.visual[rows]
         self.anchor = None if self.anchor is None else self.anchor[rows]
-        self.expected = None
+        self.expected = None if self.expected is None else self.expected[rows]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted entries cannot come back."""
@@ -254,6 +265,7 @@ class EvictingCache(Cache):
     def reset(self) -> None:
         """Forget everything; the policy and its configuration stay."""
         super().reset()
-        self.columns, self.tail_padded = 0, False
+        self.columns = self.new_tokens = 0
+        self.valid, self.visual, self.tail_padded = self.valid.new_empty(0, 0), self.visual.new_empty(0, 0), False
         self.anchor, self.expected, self.evicted, self.meter = None, None, False, PeakMeter()
         self._configure(self.policy, self.config)

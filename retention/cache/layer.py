@@ -72,7 +72,10 @@ class EvictingLayer(CacheLayerMixin):
         return self.visible(queries).repeat_interleave(groups, 1)
 
     def observe(self, call: Observation) -> None:
-        """Let the active collectors look at this attention call."""
+        """Let the active collectors look at this attention call; queries that are padding observe nothing."""
+        if self.owner.tail_padded:
+            real = self.owner.valid[:, None, -call.queries.shape[2] :, None]
+            call = Observation(call.queries, call.keys, call.visible & real, call.scaling)
         for name in self.owner.collectors:
             collector = COLLECTORS[name]
             if collector is None:
@@ -106,15 +109,16 @@ class EvictingLayer(CacheLayerMixin):
             if store.log_beta is not None and log_beta is not None:
                 log_beta = torch.cat([store.padded(store.log_beta), log_beta], -1)
         visual = cache.visual_by_position().gather(1, positions.clamp(min=0).flatten(1)).view(positions.shape)
+        statistics = {k: F.pad(v, (0, view.keys.shape[2] - v.shape[-1])) for k, v in self.observed.items()}
         return KVState(
-            view.keys, view.values, positions, valid, visual & valid, cache.seen(), log_beta, self.observed, self.number
+            view.keys, view.values, positions, valid, visual & valid, cache.seen(), log_beta, statistics, self.number
         ), view
 
     def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], state: KVState, view: PaddedView) -> None:
         """Drop what the mask does not name; re-rotate what stays where positions are packed."""
         if self.owner.inv_freq is not None:
             view = PaddedView(self._packed(mask, state, view), view.values, view.kept)
-        accumulated = {k: v for k, v in self.observed.items() if k in self.owner.accumulating()}
+        accumulated = {k: v for k, v in state.statistics.items() if k in self.owner.accumulating()}
         flat = {k: v[mask] for k, v in accumulated.items()}
         self.store.keep(mask, view, state.positions, state.log_beta)
         self.observed = {k: self.store.padded(v) for k, v in flat.items()} if self.store.longest else {}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,9 +35,15 @@ class SnapKV(Policy):
             raise ValueError(f"expected an odd snapkv.kernel_size, got {self.kernel_size}")
 
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
-        """Pooled mean of the observed rows."""
+        """Pooled mean of the observed rows; neighbours are neighbouring entries, padding and holes left out."""
+        if "window_rows" not in kv.statistics:
+            raise ValueError("SnapKV decides right after a prompt, and none ran since the last eviction")
+        order = (~kv.valid).long().argsort(dim=-1, stable=True)
         mean = kv.statistics["window_rows"][:, :, -self.window_size :].mean(2) * kv.valid
-        return F.avg_pool1d(mean, self.kernel_size, stride=1, padding=self.kernel_size // 2, count_include_pad=False)
+        near = [x.float().gather(-1, order) for x in (mean, kv.valid)]
+        total, count = (F.avg_pool1d(x, self.kernel_size, stride=1, padding=self.kernel_size // 2) for x in near)
+        pooled = total / count.clamp(min=1 / self.kernel_size)
+        return torch.zeros_like(pooled).scatter(-1, order, pooled)
 
     def recent(self, budget: int) -> int:
         """The window, at most half of the budget."""

@@ -59,6 +59,7 @@ def test_leaving_restores_the_model_exactly(family):
     assert snapshot(model) == before
     assert hooks(model) == count
     assert "forward" not in vars(model.get_decoder())
+    assert model.get_decoder().config._attn_implementation == "sdpa"
     assert cache.kept().shape == (3, 2, 2)
     assert cache.bytes().total > 0
     with pytest.raises(RuntimeError, match="stop"), evicting(model, small("knorm")):

@@ -103,6 +103,7 @@ def test_leaving_restores_the_model_exactly(family):
     assert snapshot(model) == before
     assert hooks(model) == count
     assert "forward" not in vars(model.get_decoder())
+    assert model.get_decoder().config._attn_implementation == "sdpa"
     with pytest.raises(RuntimeError, match="stop"), attach_gates(model, gates):
         raise RuntimeError("stop")
     assert snapshot(model) == before

@@ -101,7 +101,8 @@ def test_padding_and_holes_do_not_change_scores(name, before, inside):
 
 def winners(states: list[KVState], policy: Any, config: CacheConfig, budgets: torch.Tensor) -> torch.Tensor | None:
     """Which entries stay."""
-    return decide(states, policy, config, budgets)
+    available = torch.stack([state.valid.sum(-1) for state in states])
+    return decide(states, policy, config, budgets, available)
 
 
 def keep(name: str, **changes: Any) -> tuple[torch.Tensor, list[KVState]]:
