@@ -1,5 +1,6 @@
 """The only reader and writer of the gate artefact: JSON config, safetensors, model card, written whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,7 +30,8 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh / TENSORS, metadata={"format": "pt"}
         )
-        (fresh / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+        whole = {**config, "tensors_sha256": _digest(fresh / TENSORS)}
+        (fresh / CONFIG).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
         (fresh / CARD).write_text(card)
         for name in (TENSORS, CONFIG, CARD):
             with open(fresh / name, "rb") as file:
@@ -38,6 +40,10 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _swap(fresh: Path, folder: Path) -> None:
@@ -78,4 +84,6 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     missing = [part for part in PARTS if part not in config]
     if missing:
         raise ValueError(f"the gate artefact in {folder} is damaged ({CONFIG} lacks {missing[0]}); export it again")
+    if config.get("tensors_sha256") not in (None, _digest(folder / TENSORS)):
+        raise ValueError(f"the gate artefact in {folder} is damaged (files of two writes are mixed); export it again")
     return config, tensors

@@ -98,7 +98,18 @@ def test_tensor_names_are_frozen(model, kind, tmp_path):
 
 def test_config_keys_are_frozen(artefact):
     config = json.loads((artefact / "gate_config.json").read_text())
-    assert set(config) == {"format_version", "base", "shape", "gate", "memory", "training", "conventions", "versions"}
+    keys = {
+        "format_version",
+        "base",
+        "shape",
+        "gate",
+        "memory",
+        "training",
+        "conventions",
+        "versions",
+        "tensors_sha256",
+    }
+    assert set(config) == keys
     assert config["format_version"] == 1
     assert config["gate"] == {
         "name": "dbtrim", "gate_hidden": None, "init_half_life": 10_000.0, "scoring": "rows",
@@ -273,3 +284,10 @@ def test_tensors_half_written_when_the_process_is_cut_off_never_appear_under_the
         make(model, seed=3).save_pretrained(artefact)
     assert contents(artefact) == before
     assert [path.name for path in artefact.parent.iterdir()] == ["gates"]
+
+
+def test_files_of_two_writes_are_refused(model, artefact, tmp_path):
+    make(model, seed=1).save_pretrained(tmp_path / "other")
+    os.replace(tmp_path / "other" / "gate_model.safetensors", artefact / "gate_model.safetensors")
+    with pytest.raises(ValueError, match="files of two writes are mixed"):
+        RetentionGates.from_pretrained(artefact)
