@@ -32,7 +32,7 @@ class CacheConfig:
     prefill_chunk: int | None = None
     """Evict after every chunk of this many prompt tokens; null evicts once, after the whole prompt."""
     chunk_by_image: bool = False
-    """Evict after every image of the prompt: the peak is the budget plus one image."""
+    """Evict after every image of the prompt: the peak is the budget plus one image. Adjacent images count as one."""
     evict_every: int | None = None
     """Evict every so many decoded tokens; null lets decoded tokens stay."""
 

@@ -213,7 +213,7 @@ class EvictingCache(Cache):
         return Ledger(physical_bytes(self.tensors()), logical, self.meter.peak)
 
     def fork(self, policy: Policy | None = None, config: CacheConfig | None = None) -> "EvictingCache":
-        """An independent continuation of the same prefill, with another policy or budget if given.
+        """An independent continuation of the same prefill, with another policy or budget if given; never on hold.
 
         With another policy the peak starts anew from what that policy alone would hold: its own statistics
         beside the keys and values, nobody else's.
@@ -232,7 +232,7 @@ class EvictingCache(Cache):
         twin.layers = [copy.copy(layer) for layer in self.layers]
         for layer in twin.evicting_layers:
             layer.owner, layer.store, layer.observed = twin, copy.copy(layer.store), dict(layer.observed)
-        twin.extra_collectors = ()
+        twin.extra_collectors, twin.automatic = (), True
         twin._configure(policy or self.policy, config or self.config)
         twin.trigger.since_eviction = self.trigger.since_eviction
         for layer in twin.evicting_layers:

@@ -378,6 +378,15 @@ def test_hold_evicts_nothing_inside():
         assert (cache.kept() == 6).all()
 
 
+def test_a_fork_made_on_hold_is_not_on_hold():
+    with opened("knorm", CacheConfig(Budget(6.0))) as (cache, told):
+        told.feed(*CONTEXT)
+        with cache.hold():
+            fork = cache.fork()
+        assert fork.automatic
+        assert cache.automatic
+
+
 def test_reset_forgets_everything():
     with opened("h2o", CacheConfig(Budget(6.0), evict_every=4)) as (cache, told):
         first = [told.feed(*CONTEXT), decode(told, 5), cache.kept_table()]
