@@ -44,7 +44,9 @@ def evicting_attention(
             attention_mask = retention_layer.attention_mask(queries, groups)
         if retention_layer.owner.observing():
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            retention_layer.observe(Observation(query, key, retention_layer.visible(queries), scale))
+            retention_layer.observe(
+                Observation(query, key, retention_layer.visible(queries), scale, retention_layer.owner.window)
+            )
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 

@@ -16,6 +16,7 @@ from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.cache.ledger import Ledger, PeakMeter, physical_bytes
 from retention.cache.trigger import Trigger
 from retention.policies import Policy
+from retention.policies.collect import WINDOW
 from retention.types import ModelShape
 
 
@@ -112,6 +113,12 @@ class EvictingCache(Cache):
     def observing(self) -> bool:
         """Whether collectors need this forward."""
         return self.in_prompt or (self.automatic and self.config.evict_every is not None)
+
+    @property
+    def window(self) -> int:
+        """Query rows to keep: the policy's own, or as many as any fork's policy may read."""
+        own = self.policy.collector == "window_rows" and "window_rows" not in self.extra_collectors
+        return self.policy.observed_rows if own else WINDOW
 
     def accumulating(self) -> set[str]:
         """Names of statistics that survive an eviction."""

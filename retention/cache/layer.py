@@ -1,5 +1,6 @@
 """One layer of an evicting cache, behind transformers' cache-layer interface."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class EvictingLayer(CacheLayerMixin):
         """Let the active collectors look at this attention call; queries that are padding observe nothing."""
         if self.owner.tail_padded:
             real = self.owner.valid[:, None, -call.queries.shape[2] :, None]
-            call = Observation(call.queries, call.keys, call.visible & real, call.scaling)
+            call = replace(call, visible=call.visible & real)
         for name in self.owner.collectors:
             collector = COLLECTORS[name]
             if collector is None:
@@ -90,6 +91,8 @@ class EvictingLayer(CacheLayerMixin):
         """Free what the policy in force does not read: other policies' statistics, gate outputs."""
         names = {"window_rows", "column_sums"} & set(self.owner.collectors)
         self.observed = {k: v for k, v in self.observed.items() if k in names}
+        if "window_rows" in self.observed:
+            self.observed["window_rows"] = self.observed["window_rows"][:, :, -self.owner.window :].clone()
         if not keep_gate:
             self.store.log_beta = self.store.tail_log_beta = None
 

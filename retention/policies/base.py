@@ -33,6 +33,11 @@ class Policy(ABC):
         """Lexicographic rank before the score; never a large additive constant."""
         return None
 
+    @property
+    def observed_rows(self) -> int:
+        """Query rows the method reads, for the collector `window_rows`."""
+        return 0
+
     def recent(self, budget: int) -> int:
         """How many of the newest entries the method always keeps inside a head's budget."""
         return 0

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from retention.ops.observe import column_sums, window_rows
 
+WINDOW = 64
+"""Rows kept for window policies: the most any of them asks for."""
+
 
 @dataclass
 class Observation:
@@ -21,22 +24,20 @@ class Observation:
     keys: Float[Tensor, "batch kv_heads keys head_dim"]
     visible: Bool[Tensor, "batch kv_heads queries keys"]
     scaling: float
+    window: int = WINDOW
+    """Rows that window policies read; no more are kept."""
 
 
 @dataclass
 class Collector:
-    """A named observation; `window` is the largest number of query rows any policy may ask for."""
+    """A named observation, and whether it adds up over forwards."""
 
     observe: Callable[[Observation], Mapping[str, Tensor]]
     accumulates: bool = False
 
 
-WINDOW = 64
-"""Rows kept for window policies: the most any of them asks for."""
-
-
 def _window_rows(call: Observation) -> dict[str, Tensor]:
-    return {"window_rows": window_rows(call.queries, call.keys, call.visible, call.scaling, WINDOW)}
+    return {"window_rows": window_rows(call.queries, call.keys, call.visible, call.scaling, call.window)}
 
 
 def _column_sums(call: Observation) -> dict[str, Tensor]:

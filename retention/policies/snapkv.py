@@ -45,6 +45,11 @@ class SnapKV(Policy):
         pooled = total / count.clamp(min=1 / self.kernel_size)
         return torch.zeros_like(pooled).scatter(-1, order, pooled)
 
+    @property
+    def observed_rows(self) -> int:
+        """The window."""
+        return self.window_size
+
     def recent(self, budget: int) -> int:
         """The window, at most half of the budget."""
         return min(self.window_size, budget // 2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from retention import POLICIES, Budget, CacheConfig, EvictingCache, evicting
 from retention.cache.ledger import physical_bytes
+from retention.policies.snapkv import SnapKV
 from tests.cache.helpers import (
     EVICTING,
     HEAD_DIM,
@@ -22,6 +23,7 @@ from tests.cache.helpers import (
     small,
     tokens,
 )
+from tests.tiny import tiny_llama
 
 SMALL = 1024
 ENTRY = 2 * HEAD_DIM * 4
@@ -181,3 +183,18 @@ def test_shared_storage_counts_once():
     rows = physical_bytes({"keys": [base, base[:10]], "values": [base.view(10, 10), torch.zeros(3)]})
     assert rows["keys"] == 400
     assert rows["values"] == 12
+
+
+def test_window_policies_hold_only_the_rows_they_read():
+    model, ids = tiny_llama(), torch.arange(40)[None] % 90
+    rows = {}
+    with evicting(model, SnapKV(window_size=8)) as own, own.hold():
+        model(input_ids=ids, past_key_values=own)
+        rows["alone"] = own.evicting_layers[0].observed["window_rows"].shape[2]
+    with evicting(model, POLICIES["full"](), extra_collectors=("window_rows",)) as shared:
+        model(input_ids=ids, past_key_values=shared)
+        fork = shared.fork(SnapKV(window_size=8))
+        rows["shared"] = shared.evicting_layers[0].observed["window_rows"].shape[2]
+        rows["fork"] = fork.evicting_layers[0].observed["window_rows"].shape[2]
+    assert rows == {"alone": 8, "shared": 40, "fork": 8}
+    assert fork.bytes().physical["statistics"] == own.bytes().physical["statistics"]
