@@ -1,7 +1,7 @@
 """Bytes by item: what a cache really holds, now, at its peak, and what an ideal store would need."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -45,9 +45,7 @@ class PeakMeter:
     """Remembers the largest total it was told."""
 
     peak: int = 0
-    _last: int = field(default=0, repr=False)
 
     def note(self, total: int) -> None:
         """Record a total in bytes."""
-        self._last = total
         self.peak = max(self.peak, total)

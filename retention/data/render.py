@@ -75,6 +75,10 @@ class Renderer:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def decode(self, tokens: list[int]) -> str:
+        """What the model said, special tokens left out."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
     def turns(self, example: Example) -> Turns:
         """Token ids of every turn; later questions begin with what follows an answer in the chat template."""
         questions = [

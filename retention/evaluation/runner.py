@@ -108,7 +108,7 @@ class Runner:
         rows = []
         for i, example in enumerate(batch.examples):
             for turn, asked in enumerate(example.turns):
-                said = self.renderer.tokenizer.decode(tokens[i][turn], skip_special_tokens=True).strip()
+                said = self.renderer.decode(tokens[i][turn])
                 rows.append(
                     {
                         "policy": arm.name,

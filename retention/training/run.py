@@ -51,7 +51,7 @@ def run(config: TrainConfig) -> Path:
     tracking = Tracking(config.logger, folder, _name(config), settings(config), start)
     contexts = data.validation_contexts()
     best = HardEvictionValidation(
-        lambda: hard_eviction_accuracy(model, gates, contexts, config.trainer.val_budgets, pad=renderer.pad),
+        lambda: hard_eviction_accuracy(model, gates, contexts, config.trainer.val_budgets, renderer),
         config.trainer.val_every,
         config.trainer.max_steps,
     )
