@@ -4,8 +4,9 @@ Axes: `batch` sequences, `tokens` of a sequence, `queries` and `keys` of an atte
 heads, `kv_heads` key-value heads, `head_dim`, `hidden` features, `layers` evictable decoder layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -34,22 +35,40 @@ class ModelShape:
 
 @dataclass
 class KVState:
-    """What a policy may look at: the cached entries of one layer, heads padded to the longest."""
+    """What a policy may look at: the cached entries of one layer, heads padded to the longest.
 
-    keys: Float[Tensor, "batch kv_heads keys head_dim"]
-    """Post-RoPE, as cached."""
-    values: Float[Tensor, "batch kv_heads keys head_dim"]
+    Keys and values are laid out only when a policy reads them, since most rank without.
+    """
+
+    load: Callable[[], tuple[Tensor, Tensor]]
+    """Returns keys and values, [batch, kv_heads, keys, head_dim] each."""
     positions: Int[Tensor, "batch kv_heads keys"]
     """Sequence index of each entry, padding excluded."""
     valid: Bool[Tensor, "batch kv_heads keys"]
     """False for padding and holes; their scores are ignored."""
     visual: Bool[Tensor, "batch kv_heads keys"]
+    protected: Bool[Tensor, "batch kv_heads keys"]
+    """Entries a user asked to keep, whatever their score."""
     seen: Int[Tensor, " batch"]
     """Tokens processed so far: the position of the next query."""
     log_beta: Float[Tensor, "batch kv_heads keys"] | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Filled by the policy's collector, [batch, kv_heads, ..., keys]."""
     layer: int = 0
+
+    @cached_property
+    def _loaded(self) -> tuple[Tensor, Tensor]:
+        return self.load()
+
+    @property
+    def keys(self) -> Float[Tensor, "batch kv_heads keys head_dim"]:
+        """Post-RoPE, as cached."""
+        return self._loaded[0]
+
+    @property
+    def values(self) -> Float[Tensor, "batch kv_heads keys value_dim"]:
+        """As cached."""
+        return self._loaded[1]
 
 
 @dataclass

@@ -165,7 +165,7 @@ class EvictingCache(Cache):
             return
         for layer, mask in zip(layers, masks, strict=True):
             state, view = layer.state()
-            layer.keep(mask[..., : state.keys.shape[2]], state, view)
+            layer.keep(mask[..., : state.positions.shape[2]], state, view)
             self.note_peak(staging=tensor_bytes(view.keys, view.values))
             del state, view
         self.anchor, self.evicted, self.tail_padded = self.seen(), True, False

@@ -113,8 +113,18 @@ class EvictingLayer(CacheLayerMixin):
                 log_beta = torch.cat([store.padded(store.log_beta), log_beta], -1)
         visual = cache.visual_by_position().gather(1, positions.clamp(min=0).flatten(1)).view(positions.shape)
         statistics = {k: F.pad(v, (0, view.keys.shape[2] - v.shape[-1])) for k, v in self.observed.items()}
+        entries = (view.keys, view.values)
+        protected = torch.zeros_like(valid)
         return KVState(
-            view.keys, view.values, positions, valid, visual & valid, cache.seen(), log_beta, statistics, self.number
+            lambda: entries,
+            positions,
+            valid,
+            visual & valid,
+            protected,
+            cache.seen(),
+            log_beta,
+            statistics,
+            self.number,
         ), view
 
     def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], state: KVState, view: PaddedView) -> None:

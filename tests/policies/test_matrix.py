@@ -1,6 +1,7 @@
 """Every policy on hand-made states: what it prefers, that higher means keep, and that counts are met."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ def state(keys: int = KEYS, layer: int = 0, rows: int = ROWS, seed: int = 0) -> 
     """A layer of a cache that has everything any policy may read."""
     g = torch.Generator().manual_seed(seed + layer)
     shape = (rows, HEADS, keys)
+    entries = torch.randn(*shape, WIDTH, generator=g), torch.randn(*shape, WIDTH, generator=g)
     return KVState(
-        keys=torch.randn(*shape, WIDTH, generator=g),
-        values=torch.randn(*shape, WIDTH, generator=g),
+        load=lambda: entries,
         positions=torch.arange(keys).expand(shape),
         valid=torch.ones(shape, dtype=torch.bool),
         visual=torch.zeros(shape, dtype=torch.bool),
+        protected=torch.zeros(shape, dtype=torch.bool),
         seen=torch.full((rows,), keys),
         log_beta=-torch.rand(shape, generator=g),
         statistics={
@@ -50,8 +52,9 @@ def chosen(kv: KVState, slots: torch.Tensor) -> KVState:
         return x[:, :, slots]
 
     statistics = {k: v[..., slots] for k, v in kv.statistics.items()}
-    parts = (pick(x) for x in (kv.keys, kv.values, kv.positions, kv.valid, kv.visual))
-    return KVState(*parts, kv.seen, pick(kv.log_beta), statistics, kv.layer)
+    entries = pick(kv.keys), pick(kv.values)
+    parts = (pick(x) for x in (kv.positions, kv.valid, kv.visual, kv.protected))
+    return KVState(lambda: entries, *parts, kv.seen, pick(kv.log_beta), statistics, kv.layer)
 
 
 def with_holes(kv: KVState, before: int, inside: int, at: int) -> tuple[KVState, torch.Tensor]:
@@ -63,7 +66,8 @@ def with_holes(kv: KVState, before: int, inside: int, at: int) -> tuple[KVState,
     valid = torch.zeros_like(wide.valid)
     valid[:, :, slots] = True
     garbage = ~valid
-    wide.keys = wide.keys.masked_fill(garbage[..., None], 50.0)
+    entries = wide.keys.masked_fill(garbage[..., None], 50.0), wide.values
+    wide = replace(wide, load=lambda: entries)
     wide.valid, wide.positions = valid, wide.positions.masked_fill(garbage, -1)
     return wide, slots
 
@@ -83,8 +87,10 @@ def test_scores_are_finite_deterministic_and_leave_the_state_alone(name):
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_rows_are_scored_independently(name):
     kv, policy = state(rows=3), POLICIES[name]()
+    entries = kv.keys[1:2], kv.values[1:2]
     own = KVState(
-        *(x[1:2] for x in (kv.keys, kv.values, kv.positions, kv.valid, kv.visual, kv.seen, kv.log_beta)),
+        lambda: entries,
+        *(x[1:2] for x in (kv.positions, kv.valid, kv.visual, kv.protected, kv.seen, kv.log_beta)),
         {k: v[1:2] for k, v in kv.statistics.items()},
         kv.layer,
     )
@@ -181,17 +187,18 @@ def test_full_never_evicts():
 
 def test_knorm_prefers_small_keys():
     kv = state()
-    kv.keys = torch.ones_like(kv.keys) * torch.tensor([3.0, 1, 2, *range(4, 13)])[None, None, :, None]
+    keys = torch.ones_like(kv.keys) * torch.tensor([3.0, 1, 2, *range(4, 13)])[None, None, :, None]
+    kv = replace(state(), load=lambda: (keys, keys))
     scores = Knorm().score(kv)
     assert scores[0, 0].argsort(descending=True)[:3].tolist() == [1, 2, 0]
     assert scores[0, 0, 1] == pytest.approx(-math.sqrt(WIDTH))
 
 
 def test_keydiff_prefers_the_odd_one_out():
-    kv = state()
-    kv.keys = torch.zeros_like(kv.keys)
-    kv.keys[..., 0] = torch.arange(1.0, KEYS + 1)
-    kv.keys[:, :, 7, :2] = torch.tensor([-1.0, 0.5])
+    keys = torch.zeros_like(state().keys)
+    keys[..., 0] = torch.arange(1.0, KEYS + 1)
+    keys[:, :, 7, :2] = torch.tensor([-1.0, 0.5])
+    kv = replace(state(), load=lambda: (keys, keys))
     scores = KeyDiff().score(kv)
     assert (scores.argmax(-1) == 7).all()
     one = kv.keys[0, 0]
