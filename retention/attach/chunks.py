@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from retention.cache.config import CacheConfig
@@ -42,7 +42,16 @@ def run_chunks(
     hidden, start, output = [], 0, None
     for end in ends:
         part = kwargs if len(ends) == 1 else _cut(kwargs, start, end, tokens)
-        cache.begin(valid[:, start:end], visual[:, start:end], prompt=tokens > 1, padded=padded)
+        axes = coordinates(part.get("position_ids"))
+        rest = None if axes is None or end == tokens else kwargs["position_ids"][-3:, :, end:].amin((0, 2))
+        cache.begin(
+            valid[:, start:end],
+            visual[:, start:end],
+            prompt=tokens > 1,
+            padded=padded,
+            coordinates=axes,
+            upcoming=rest,
+        )
         output = forward(*args, **part)
         hidden.append(output.last_hidden_state)
         cache.after_forward()
@@ -51,6 +60,11 @@ def run_chunks(
     if len(hidden) > 1:
         output.last_hidden_state = torch.cat(hidden, 1)
     return output
+
+
+def coordinates(position_ids: Tensor | None) -> Int[Tensor, "3 batch tokens"] | None:
+    """Time, height and width of each token, where the model has them; a row of text positions before them is dropped."""
+    return None if position_ids is None or position_ids.dim() != 3 else position_ids[-3:]
 
 
 def _cut(kwargs: dict[str, Any], start: int, end: int, tokens: int) -> dict[str, Any]:

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from retention.attach.chunks import chunk_ends, run_chunks
+from retention.attach.decode import decode_attention
 from retention.attach.facts import TokenFacts, attached, register_attention, valid_tokens
 from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
 from retention.cache.layer import EvictingLayer
+from retention.cache.rotation import Rotation
 from retention.gates import RetentionGates
 from retention.models import family_of
-from retention.models.family import decoder_of, model_shape, rope_frequencies
+from retention.models.family import decoder_of, model_shape, rope_of
 from retention.policies import Policy
-from retention.policies.collect import Observation
+from retention.policies.collect import COLLECTORS, Observation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,18 +37,22 @@ def evicting_attention(
     retention_layer: EvictingLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface: SDPA, with the layer's own mask once it has evicted."""
+    """Attention function for transformers' interface: SDPA for prompts, the storage's own way for single tokens."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if retention_layer is not None:
-        queries, groups = query.shape[2], query.shape[1] // key.shape[1]
-        if retention_layer.store.counts is not None:
-            attention_mask = retention_layer.attention_mask(queries, groups)
-        if retention_layer.owner.observing():
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            retention_layer.observe(
-                Observation(query, key, retention_layer.visible(queries), scale, retention_layer.owner.window)
-            )
+    layer, queries = retention_layer, query.shape[2]
+    if layer is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    observed = layer.owner.observing() and any(COLLECTORS[name] for name in layer.owner.collectors)
+    if queries > 1 or observed:
+        key, value = layer.read()
+    if observed:
+        layer.observe(Observation(query, key, layer.visible(queries), scale, layer.owner.window))
+    if queries == 1:
+        return decode_attention(layer, query, scale).transpose(1, 2), None
+    if layer.store.counts is not None:
+        attention_mask = layer.attention_mask(queries, query.shape[1] // key.shape[1])
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
@@ -65,8 +71,8 @@ def new_cache(
     stock = DynamicCache(config=model.config.get_text_config()).layers
     layers: list[Any] = [None if i in shape.layers else layer for i, layer in enumerate(stock)]
     needs_rope = packed or config.positions == "packed"
-    rope = rope_frequencies(model, family_of(model)) if needs_rope else None
-    return EvictingCache(shape, layers, policy, config, extra_collectors=extra_collectors, inv_freq=rope)
+    rotation = Rotation(rope_of(model, family_of(model))) if needs_rope else None
+    return EvictingCache(shape, layers, policy, config, extra_collectors=extra_collectors, rotation=rotation)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -14,6 +14,9 @@ from retention.cache.config import CacheConfig
 from retention.cache.decide import decide
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.cache.ledger import Ledger, PeakMeter, physical_bytes
+from retention.cache.rotation import Rotation, Turn
+from retention.cache.storage import LayerStorage
+from retention.cache.tokens import Tokens
 from retention.cache.trigger import Trigger
 from retention.policies import Policy
 from retention.policies.collect import WINDOW
@@ -34,22 +37,24 @@ class EvictingCache(Cache):
         config: CacheConfig,
         *,
         extra_collectors: Iterable[str] = (),
-        inv_freq: Float[Tensor, " frequencies"] | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         """`layers` holds transformers' own layer where it stays, None where this cache takes over."""
         counter = iter(range(10**6))
         super().__init__(layers=[EvictingLayer(self, next(counter)) if x is None else x for x in layers])
         self.shape = shape
         self.extra_collectors = tuple(extra_collectors)
-        self.rope = inv_freq
+        self.rotation = rotation
         self.meter = PeakMeter()
-        self.columns = self.new_tokens = 0
+        self.tokens = Tokens()
+        self.new_tokens = 0
         self.tail_padded = False
         self.in_prompt = False
+        self.changed = False
+        """Memory was allocated since the peak was noted last."""
         self.staging = 0
-        self.valid = torch.zeros(0, 0, dtype=torch.bool)
-        self.visual = torch.zeros(0, 0, dtype=torch.bool)
-        self.anchor: Int[Tensor, " batch"] | None = None
+        self.coordinates: Int[Tensor, "axes batch tokens"] | None = None
+        self.upcoming: Int[Tensor, " batch"] | None = None
         self.expected: Int[Tensor, " batch"] | None = None
         self.evicted = False
         self.automatic = True
@@ -61,13 +66,12 @@ class EvictingCache(Cache):
             raise ValueError(
                 f"{type(policy).__name__} decides after the prompt only and has no rule for decoding; set evict_every to null"
             )
-        if config.positions == "packed" and self.rope is None:
+        if config.positions == "packed" and self.rotation is None:
             raise ValueError(
                 "positions 'packed' needs the model's rotary frequencies; open the cache with positions='packed'"
             )
         self.policy, self.config = policy, config
         self.collectors = tuple(dict.fromkeys((policy.collector, *self.extra_collectors)))
-        self.inv_freq = self.rope if config.positions == "packed" else None
         self.trigger = Trigger(config.evict_every)
 
     @property
@@ -82,21 +86,41 @@ class EvictingCache(Cache):
         *,
         prompt: bool,
         padded: bool = True,
+        coordinates: Int[Tensor, "axes batch tokens"] | None = None,
+        upcoming: Int[Tensor, " batch"] | None = None,
     ) -> None:
-        """Told before a forward: which of its tokens are padding, which are visual, whether it is (part of) a prompt."""
-        if self.columns == 0:
-            self.valid, self.visual = valid[:, :0], visual[:, :0]
-        if valid.shape[0] != self.valid.shape[0]:
-            raise ValueError(f"the cache holds a batch of {self.valid.shape[0]}, the forward has {valid.shape[0]} rows")
-        self.valid = torch.cat([self.valid, valid], 1)
-        self.visual = torch.cat([self.visual, visual & valid], 1)
-        self.in_prompt = prompt
-        self.columns, self.new_tokens = self.columns + valid.shape[1], valid.shape[1]
+        """Told before a forward: which of its tokens are padding, which are visual, whether it is (part of) a prompt.
+
+        `coordinates` are rotary positions of several axes, where the model has them; `upcoming` is the smallest
+        of those still to come in the same prompt.
+        """
+        self.tokens.add(valid, visual, prompt=prompt)
+        self.coordinates, self.upcoming = coordinates, upcoming
+        self.in_prompt, self.new_tokens = prompt, valid.shape[1]
         self.tail_padded = self.tail_padded or (padded and not bool(valid.all()))
+
+    @property
+    def columns(self) -> int:
+        """Tokens fed so far, padding included."""
+        return len(self.tokens)
+
+    def protect(self, mask: Bool[Tensor, "batch tokens"]) -> None:
+        """Tokens that no policy may drop, among the next ones this cache is fed; they count inside the budget.
+
+        Call it before the forward or `generate()` whose prompt the mask describes; True = protected. Tokens after
+        those of the mask are not protected.
+
+        Raises:
+            ValueError: for anything but a boolean mask [batch, tokens].
+        """
+        self.tokens.protect(mask)
 
     def after_forward(self) -> None:
         """Told after a forward of a prompt, a chunk of one, or a decoded token: evict if it is time to."""
-        self.note_peak(self.staging)
+        if self.rotation is not None and (self.packs or not self.evicted):
+            self.rotation.note(self.coordinates, self.tokens.valid[:, self.columns - self.new_tokens :], self.upcoming)
+        if self.changed or self.staging:
+            self.note_peak(self.staging)
         self.staging = 0
         if self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens, prompt=self.in_prompt):
             self.evict()
@@ -124,27 +148,40 @@ class EvictingCache(Cache):
         """Names of statistics that survive an eviction."""
         return {"column_sums"} if "column_sums" in self.collectors else set()
 
-    def positions(self) -> Int[Tensor, "batch columns"]:
-        """Sequence index of every column, padding excluded."""
-        return self.valid.long().cumsum(1) - 1
-
     def seen(self) -> Int[Tensor, " batch"]:
         """Tokens processed per row, padding excluded."""
-        return self.valid.sum(1)
+        return self.tokens.seen()
 
-    def visual_by_position(self) -> Bool[Tensor, "batch positions"]:
-        """Modality of every sequence position."""
-        target = torch.where(self.valid, self.positions(), self.columns)
-        table = torch.zeros(self.valid.shape[0], self.columns + 1, dtype=torch.bool, device=self.valid.device)
-        return table.scatter(1, target, self.visual)
+    @property
+    def packs(self) -> bool:
+        """Whether evictions re-rotate what stays."""
+        return self.config.positions == "packed"
+
+    def pack(self, store: LayerStorage, mask: Bool[Tensor, "batch kv_heads keys"]) -> tuple[Tensor, Turn]:
+        """New rotary coordinates of what a layer keeps, and how to turn its keys there."""
+        assert self.rotation is not None
+        known = None if store.entries is None else store.entries.coordinates
+        kept = None
+        if known is not None and store.longest:
+            kept = store.padded(known.T).movedim(-1, 0)
+        tail = self.tokens.positions()[:, None, self.columns - store.tail :].expand(-1, mask.shape[1], -1)
+        padding = mask.new_zeros(*mask.shape[:2], store.longest, dtype=torch.long)
+        return self.rotation.pack(kept, torch.cat([padding, tail], -1), self.seen(), mask)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value."""
+        return sum(x.data.shape[-1] * x.data.element_size() for x in self.evicting_layers[0].store.buffers)
 
     def budgets(self) -> Int[Tensor, " batch"]:
         """The budget of each row in entries per layer and head; a fraction is of the whole prompt under way."""
         store = self.evicting_layers[0].store
-        assert store.tail_keys is not None
-        assert store.tail_values is not None
-        width = store.tail_keys.shape[-1] + store.tail_values.shape[-1]
-        entry = width * store.tail_keys.element_size() + 4 + (0 if store.tail_log_beta is None else 4)
+        beside = (
+            4
+            + (0 if store.log_beta is None else 4)
+            + (4 * self.rotation.rope.axes if self.packs and self.rotation else 0)
+        )
+        entry = self.entry_bytes + beside
         seen = torch.maximum(self.seen(), self.expected) if self.expected is not None else self.seen()
         self.resolved = [
             self.config.budget.resolve(
@@ -152,29 +189,31 @@ class EvictingCache(Cache):
             )
             for n in seen.tolist()
         ]
-        return torch.tensor(self.resolved, device=self.valid.device)
+        return torch.tensor(self.resolved, device=self.tokens.valid.device)
 
     def evict(self) -> None:
         """Let the policy rank all entries now and free what exceeds the budget, in every layer at once."""
         if not self.policy.evicts:
             return
         layers = self.evicting_layers
-        states = (layer.state()[0] for layer in layers)
-        masks = decide(states, self.policy, self.config, self.budgets(), self.kept())
+        masks = decide((layer.state() for layer in layers), self.policy, self.config, self.budgets(), self.kept())
         if masks is None:
             return
+        spare = 0 if self.in_prompt else self.config.evict_every or 0
         for layer, mask in zip(layers, masks, strict=True):
-            state, view = layer.state()
-            layer.keep(mask[..., : state.positions.shape[2]], state, view)
-            self.note_peak(staging=tensor_bytes(view.keys, view.values))
-            del state, view
-        self.anchor, self.evicted, self.tail_padded = self.seen(), True, False
+            before = tensor_bytes(*(x for group in layer.store.tensors().values() for x in group))
+            layer.keep(mask[..., : layer.store.longest + layer.store.tail], spare=spare)
+            self.note_peak(staging=before + self.staging)
+            self.staging = 0
+        self.evicted, self.tail_padded = True, False
+        if self.rotation is not None:
+            self.rotation.packed()
 
     def kept(self) -> Int[Tensor, "layers batch kv_heads"]:
         """Entries held now, padding excluded."""
         rows = []
         for layer in self.evicting_layers:
-            tail = self.valid[:, self.columns - layer.store.tail : self.columns].sum(1)
+            tail = self.tokens.valid[:, self.columns - layer.store.tail : self.columns].sum(1)
             counts = torch.zeros_like(tail)[:, None] if layer.store.counts is None else layer.store.counts
             rows.append((counts + tail[:, None]).expand(-1, self.shape.num_kv_heads))
         return torch.stack(rows)
@@ -183,7 +222,7 @@ class EvictingCache(Cache):
         """Whether the entry of each sequence position is held, by layer and head."""
         tables = []
         for layer in self.evicting_layers:
-            state, _ = layer.state()
+            state = layer.state()
             slot = torch.where(state.valid, state.positions, self.columns)
             table = torch.zeros(*slot.shape[:2], self.columns + 1, dtype=torch.bool, device=slot.device)
             tables.append(table.scatter(-1, slot, True)[..., : self.columns])
@@ -191,15 +230,14 @@ class EvictingCache(Cache):
 
     def tensors(self) -> Mapping[str, list[Tensor]]:
         """Every tensor the cache holds, by ledger item."""
-        groups: dict[str, list[Tensor]] = {"layout": [self.valid, self.visual]}
-        if self.anchor is not None:
-            groups["layout"].append(self.anchor)
+        groups: dict[str, list[Tensor]] = {"layout": self.tokens.tensors()}
+        if self.rotation is not None and self.rotation.coordinates is not None:
+            groups["layout"].append(self.rotation.coordinates)
         for layer in self.layers:
             if isinstance(layer, EvictingLayer):
                 parts = {**layer.store.tensors(), "statistics": list(layer.observed.values())}
             else:
-                stock: Any = layer
-                parts = {n: [x] for n, x in (("keys", stock.keys), ("values", stock.values)) if x is not None}
+                parts = {"outside": stock_tensors(layer)}
             for item, found in parts.items():
                 groups.setdefault(item, []).extend(found)
         return groups
@@ -207,17 +245,19 @@ class EvictingCache(Cache):
     def note_peak(self, staging: int = 0) -> None:
         """Record the bytes held now, plus transient ones."""
         self.meter.note(sum(physical_bytes(self.tensors()).values()) + staging)
+        self.changed = False
 
     def bytes(self) -> Ledger:
         """Physical and logical bytes by item, and the peak so far."""
+        self.note_peak()
         entries = int(self.kept().sum()) if self.columns else 0
         store = self.evicting_layers[0].store
-        keys, values = store.tail_keys, store.tail_values
-        widths = [0 if x is None else x.shape[-1] * x.element_size() for x in (keys, values)]
-        placed = sum(0 if x.store.positions is None else x.store.positions.numel() for x in self.evicting_layers)
-        logical = {"keys": entries * widths[0], "values": entries * widths[1], "positions": placed * 4}
-        logical["scores"] = 0 if store.tail_log_beta is None else entries * 4
-        return Ledger(physical_bytes(self.tensors()), logical, self.meter.peak)
+        widths = [buffer.data.shape[-1] * buffer.data.element_size() for buffer in store.buffers] or [0, 0]
+        known = [layer.store.entries for layer in self.evicting_layers]
+        placed = [x for e in known if e is not None for x in (e.positions, e.coordinates) if x is not None]
+        logical = {"keys": entries * widths[0], "values": entries * widths[1], "positions": tensor_bytes(*placed)}
+        logical["scores"] = 0 if store.log_beta is None else entries * 4
+        return Ledger.of(physical_bytes(self.tensors()), logical, self.meter.peak)
 
     def fork(self, policy: Policy | None = None, config: CacheConfig | None = None) -> "EvictingCache":
         """An independent continuation of the same prefill, with another policy or budget if given; never on hold.
@@ -233,12 +273,16 @@ class EvictingCache(Cache):
                 f"{type(policy).__name__} reads {needed!r}, which this cache did not collect; open it with "
                 f"extra_collectors=({needed!r},)"
             )
-        if self.evicted and self.inv_freq is None and config is not None and config.positions == "packed":
+        if self.evicted and not self.packs and config is not None and config.positions == "packed":
             raise ValueError("entries were evicted at original positions already; a fork cannot make them packed")
         twin.meter = PeakMeter() if other else copy.copy(self.meter)
-        twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.layers = [
+            copy.copy(layer) if isinstance(layer, EvictingLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
         for layer in twin.evicting_layers:
-            layer.owner, layer.store, layer.observed = twin, copy.copy(layer.store), dict(layer.observed)
+            layer.owner, layer.store, layer.observed = twin, layer.store.fork(), dict(layer.observed)
+        twin.rotation = None if self.rotation is None else self.rotation.fork()
+        twin.tokens = self.tokens.fork()
         twin.extra_collectors, twin.automatic = (), True
         twin._configure(policy or self.policy, config or self.config)
         twin.trigger.since_eviction = self.trigger.since_eviction
@@ -258,12 +302,15 @@ class EvictingCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self.reorder_cache(torch.arange(self.valid.shape[0], device=self.valid.device).repeat_interleave(repeats))
+        self.reorder_cache(
+            torch.arange(self.tokens.valid.shape[0], device=self.tokens.valid.device).repeat_interleave(repeats)
+        )
 
     def _select_shared(self, rows: Tensor) -> None:
-        self.valid, self.visual = self.valid[rows], self.visual[rows]
-        self.anchor = None if self.anchor is None else self.anchor[rows]
+        self.tokens.select_rows(rows)
         self.expected = None if self.expected is None else self.expected[rows]
+        if self.rotation is not None:
+            self.rotation.select_rows(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted entries cannot come back."""
@@ -272,7 +319,16 @@ class EvictingCache(Cache):
     def reset(self) -> None:
         """Forget everything; the policy and its configuration stay."""
         super().reset()
-        self.columns = self.new_tokens = 0
-        self.valid, self.visual, self.tail_padded = self.valid.new_empty(0, 0), self.visual.new_empty(0, 0), False
-        self.anchor, self.expected, self.evicted, self.meter = None, None, False, PeakMeter()
+        self.tokens, self.new_tokens, self.tail_padded = Tokens(), 0, False
+        self.expected, self.evicted, self.meter = None, False, PeakMeter()
+        if self.rotation is not None:
+            self.rotation.reset()
         self._configure(self.policy, self.config)
+
+
+def stock_tensors(layer: Any) -> list[Tensor]:
+    """Tensors of a layer that stays transformers' own: sliding windows, convolution and recurrent states."""
+    found: list[Any] = []
+    for value in vars(layer).values():
+        found.extend(value.values() if isinstance(value, dict) else [value])
+    return [x for x in found if isinstance(x, Tensor)]

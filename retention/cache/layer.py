@@ -4,13 +4,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
-from retention.cache.storage import LayerStorage, PaddedView
-from retention.ops.rope import rotate_keys
+from retention.cache.storage import Entries, LayerStorage
 from retention.policies.collect import COLLECTORS, Observation
 from retention.types import KVState
 
@@ -41,41 +40,74 @@ class EvictingLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new keys and values; returns everything attention reads."""
+        """Append new keys and values, and return them: attention reads the rest from the storage.
+
+        Raises:
+            RuntimeError: outside the block that opened the cache, where attention would not find the rest.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        staged, self.staged = self.staged, None
         self.length += key_states.shape[2]
-        self.store.append(key_states, value_states, staged)
-        view = self.store.view()
-        if view.kept:
-            self.owner.staging = max(self.owner.staging, tensor_bytes(view.keys, view.values))
-        return view.keys, view.values
+        if self.length != self.owner.columns:
+            raise RuntimeError(
+                "an evicting cache works inside the `with retention.evicting(model, ...)` block of its model only; "
+                "open one and feed the cache there"
+            )
+        staged, self.staged = self.staged, None
+        if self.store.append(key_states, value_states, staged, self._spare(key_states.shape[2])):
+            self.owner.changed = True
+        return key_states, value_states
+
+    def _spare(self, new: int) -> int:
+        """Room to make for tokens after these: none for prompts, a sixteenth of what is held while decoding."""
+        if new > 1:
+            return 0
+        spare = max(16, (self.store.longest + self.store.tail) // 16)
+        every = self.owner.config.evict_every
+        return spare if every is None else min(spare, every)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values padded to the longest head, for attention calls of several queries."""
+        keys, values = self.store.view()
+        if not self.store.uniform:
+            self.owner.staging = max(self.owner.staging, tensor_bytes(keys, values))
+        return keys, values
 
     def visible(self, queries: int) -> Bool[Tensor, "batch kv_heads queries keys"]:
-        """Which keys the last `queries` tokens may see: kept entries, and the tail up to themselves."""
+        """Which keys of the padded view the last `queries` tokens may see: kept ones, the tail up to themselves."""
         store, tail = self.store, self.store.tail
-        valid = self.owner.valid[:, self.owner.columns - tail : self.owner.columns]
+        valid = self.owner.tokens.valid[:, self.owner.columns - tail : self.owner.columns]
         rows = torch.arange(tail - queries, tail, device=valid.device)[:, None]
         steps = torch.arange(tail, device=valid.device)
         causal = ((steps <= rows) & valid[:, None]) | (steps == rows)
-        heads = store.tail_keys.shape[1] if store.tail_keys is not None else 1
-        causal = causal[:, None].expand(-1, heads, -1, -1)
+        causal = causal[:, None].expand(-1, self.owner.shape.num_kv_heads, -1, -1)
         if not store.longest:
             return causal
         kept = store.kept_valid()[:, :, None].expand(-1, -1, queries, -1)
         return torch.cat([kept, causal], -1)
 
-    def attention_mask(self, queries: int, groups: int) -> Bool[Tensor, "batch heads queries keys"] | None:
-        """The mask for entries after an eviction; None where nothing is hidden."""
-        if queries == 1 and self.store.uniform and not self.owner.tail_padded:
-            return None
+    def attention_mask(self, queries: int, groups: int) -> Bool[Tensor, "batch heads queries keys"]:
+        """`visible` for every query head."""
         return self.visible(queries).repeat_interleave(groups, 1)
+
+    def buffer_visible(self) -> Bool[Tensor, "batch kv_heads_or_1 columns"] | None:
+        """Which columns of the buffer the newest token may see; None for all of them."""
+        store, padded = self.store, self.owner.tail_padded
+        holes = store.holes()
+        if holes is None and not padded:
+            return None
+        columns = torch.arange(store.buffers[0].used, device=self.owner.tokens.valid.device)
+        seen = columns >= (columns.new_zeros(1, 1) if holes is None else holes)[..., None]
+        if padded:
+            valid = self.owner.tokens.valid[:, self.owner.columns - store.tail : self.owner.columns].clone()
+            valid[:, -1] = True
+            seen = seen & F.pad(valid, (store.front, 0), value=True)[:, None]
+        return seen
 
     def observe(self, call: Observation) -> None:
         """Let the active collectors look at this attention call; queries that are padding observe nothing."""
         if self.owner.tail_padded:
-            real = self.owner.valid[:, None, -call.queries.shape[2] :, None]
+            real = self.owner.tokens.valid[:, None, -call.queries.shape[2] :, None]
             call = replace(call, visible=call.visible & real)
         for name in self.owner.collectors:
             collector = COLLECTORS[name]
@@ -94,58 +126,47 @@ class EvictingLayer(CacheLayerMixin):
         if "window_rows" in self.observed:
             self.observed["window_rows"] = self.observed["window_rows"][:, :, -self.owner.window :].clone()
         if not keep_gate:
-            self.store.log_beta = self.store.tail_log_beta = None
+            self.store.log_beta = None
+            if self.store.entries is not None:
+                self.store.entries = replace(self.store.entries, log_beta=None)
 
-    def state(self) -> tuple[KVState, PaddedView]:
+    def state(self) -> KVState:
         """Everything a policy may look at."""
-        store, cache = self.store, self.owner
-        view = store.view()
-        shape = (*view.keys.shape[:2], store.tail)
-        tail_columns = slice(cache.columns - store.tail, cache.columns)
-        positions = cache.positions()[:, None, tail_columns].expand(shape)
-        valid = cache.valid[:, None, tail_columns].expand(shape)
-        log_beta = store.tail_log_beta
-        if view.kept:
-            assert store.positions is not None
-            positions = torch.cat([store.padded(store.positions).long(), positions], -1)
+        store, cache, known = self.store, self.owner, self.store.entries
+        shape = (cache.tokens.valid.shape[0], cache.shape.num_kv_heads, store.tail)
+        tail = slice(cache.columns - store.tail, cache.columns)
+        positions = cache.tokens.positions()[:, None, tail].expand(shape)
+        valid = cache.tokens.valid[:, None, tail].expand(shape)
+        log_beta = None if store.log_beta is None else store.log_beta.view()
+        if store.longest and known is not None:
+            positions = torch.cat([store.padded(known.positions).long(), positions], -1)
             valid = torch.cat([store.kept_valid(), valid], -1)
-            if store.log_beta is not None and log_beta is not None:
-                log_beta = torch.cat([store.padded(store.log_beta), log_beta], -1)
-        visual = cache.visual_by_position().gather(1, positions.clamp(min=0).flatten(1)).view(positions.shape)
-        statistics = {k: F.pad(v, (0, view.keys.shape[2] - v.shape[-1])) for k, v in self.observed.items()}
-        entries = (view.keys, view.values)
-        protected = torch.zeros_like(valid)
+            if known.log_beta is not None and log_beta is not None:
+                log_beta = torch.cat([store.padded(known.log_beta), log_beta], -1)
+        visual, protected = cache.tokens.marks(positions, text=getattr(cache.config, "protect_text", False))
+        length = store.longest + store.tail
+        statistics = {k: F.pad(v, (0, length - v.shape[-1])) for k, v in self.observed.items()}
         return KVState(
-            lambda: entries,
+            self.read,
             positions,
             valid,
             visual & valid,
-            protected,
+            protected & valid,
             cache.seen(),
             log_beta,
             statistics,
             self.number,
-        ), view
+        )
 
-    def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], state: KVState, view: PaddedView) -> None:
+    def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], *, spare: int = 0) -> None:
         """Drop what the mask does not name; re-rotate what stays where positions are packed."""
-        if self.owner.inv_freq is not None:
-            view = PaddedView(self._packed(mask, state, view), view.values, view.kept)
+        state = self.state()
+        coordinates, turn = self.owner.pack(self.store, mask) if self.owner.packs else (None, None)
         accumulated = {k: v for k, v in state.statistics.items() if k in self.owner.accumulating()}
         flat = {k: v[mask] for k, v in accumulated.items()}
-        self.store.keep(mask, view, state.positions, state.log_beta)
+        log_beta = None if state.log_beta is None else state.log_beta[mask]
+        self.store.keep(mask, Entries(state.positions[mask].int(), log_beta, coordinates), turn, spare)
         self.observed = {k: self.store.padded(v) for k, v in flat.items()} if self.store.longest else {}
-
-    def _packed(self, mask: Tensor, state: KVState, view: PaddedView) -> Float[Tensor, "batch kv_heads keys head_dim"]:
-        """Keys turned so that the kept ones end right before the next token, without gaps."""
-        assert self.owner.inv_freq is not None
-        written = state.positions.clone()
-        if view.kept and self.owner.anchor is not None and self.store.counts is not None:
-            rank = torch.arange(view.kept, device=mask.device)
-            first = self.owner.anchor[:, None] - self.store.counts
-            written[:, :, : view.kept] = first[..., None] + rank
-        wanted = state.seen[:, None, None] - mask.sum(-1, keepdim=True) + mask.long().cumsum(-1) - 1
-        return rotate_keys(view.keys, torch.where(mask, wanted - written, 0), self.owner.inv_freq)
 
     def get_seq_length(self) -> int:
         """Tokens processed, padding included: what drives positions."""
@@ -173,6 +194,6 @@ class EvictingLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams; the owner reorders what rows share."""
-        rows = beam_idx.to(self.owner.valid.device)
+        rows = beam_idx.to(self.owner.tokens.valid.device)
         self.store.select_rows(rows)
         self.observed = {k: v[rows] for k, v in self.observed.items()}

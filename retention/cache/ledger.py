@@ -5,16 +5,27 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-ITEMS = ("keys", "values", "scores", "positions", "statistics", "layout", "staging")
+ITEMS = ("keys", "values", "scores", "positions", "slack", "memory", "statistics", "layout", "outside")
+"""Rows of the ledger: `slack` is memory reserved for entries that are not there (room to grow, holes of a buffer,
+padding), `memory` a state of evicted tokens, `outside` what layers that are never evicted hold."""
 
 
 @dataclass
 class Ledger:
-    """Rows of bytes by item; `peak` is the largest physical total so far, transients included."""
+    """Bytes by item (`ITEMS`); `peak` is the largest physical total so far, transients included."""
 
     physical: dict[str, int]
     logical: dict[str, int]
     peak: int
+
+    @classmethod
+    def of(cls, allocated: dict[str, int], logical: dict[str, int], peak: int) -> "Ledger":
+        """The ledger of what is allocated by item, with what entries do not fill moved to `slack`."""
+        physical = dict(allocated)
+        for item, needed in logical.items():
+            physical[item] = min(allocated[item], needed)
+            physical["slack"] += allocated[item] - physical[item]
+        return cls(physical, logical, peak)
 
     @property
     def total(self) -> int:

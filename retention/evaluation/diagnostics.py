@@ -36,7 +36,7 @@ def patch_lives(cache: EvictingCache, batch: Rendered, row: int = 0) -> Patches 
     None where gates staged nothing or the images' tokens do not form a square grid.
     """
     example = batch.examples[row]
-    gates = [layer.store.tail_log_beta for layer in cache.evicting_layers]
+    gates = [layer.state().log_beta for layer in cache.evicting_layers]
     images, grid = example.images[:16], example.meta.get("grid")
     visual = batch.visual[row]
     if any(x is None for x in gates) or not images or grid is None:

@@ -101,9 +101,7 @@ class Runner:
         kept, seen, table = cache.kept().sum((0, 2)).tolist(), cache.seen().tolist(), cache.kept_table()
         heads = cache.shape.num_layers * cache.shape.num_kv_heads
         ledger, count = cache.bytes(), len(batch.examples)
-        store = cache.evicting_layers[0].store
-        assert store.tail_keys is not None
-        full = 2 * store.tail_keys.shape[-1] * store.tail_keys.element_size() * heads
+        full = cache.entry_bytes * heads
         budgets = cache.resolved or seen
         rows = []
         for i, example in enumerate(batch.examples):

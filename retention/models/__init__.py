@@ -2,15 +2,22 @@
 
 from typing import TYPE_CHECKING
 
-from retention.models.family import Family
+from retention.models.family import Family, Rope, rope_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES: dict[str, Family] = {
+    "gemma3_text": Family(),
     "llama": Family(),
     "llava": Family(visual_token_attributes=("image_token_id",)),
+    "mistral": Family(),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen2_5_vl": Family(visual_token_attributes=("image_token_id", "video_token_id"), rope="mrope"),
     "qwen3": Family(),
+    "qwen3_next": Family(),
+    "qwen3_vl": Family(visual_token_attributes=("image_token_id", "video_token_id"), rope="mrope_interleaved"),
 }
 
 
@@ -29,4 +36,4 @@ def family_of(model: "PreTrainedModel") -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "Rope", "family_of", "rope_of"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ class Family:
     visual_token_attributes: tuple[str, ...] = ()
     """Config attributes that hold the ids of visual placeholder tokens."""
     rope: str = "1d"
-    """Kind of rotary position; only one-dimensional ones can be packed."""
+    """Which axis turns each frequency: "1d", or of M-RoPE's time, height and width "mrope" (one chunk each) or
+    "mrope_interleaved". Every family's keys are in the half-split layout."""
 
     def visual_ids(self, config: Any) -> list[int]:
         """Ids of the visual placeholder tokens."""
@@ -44,15 +46,82 @@ class Family:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """How the decoder's rotary embedding turns the keys of full-attention layers, read off the live module.
+
+    A deep copy shares the module, so copying a cache that holds a `Rope` never copies the model.
+    """
+
+    rotary: Any
+    buffer: str
+    """Name of the module's inverse frequencies."""
+    axis: Int[Tensor, " frequencies"]
+    """Which coordinate turns each frequency."""
+    axes: int
+    """Coordinates per token: 1, or 3 (time, height, width)."""
+    changes: bool
+    """Whether forwards change the frequencies ("dynamic", "longrope"): keys differ in those they were written with."""
+
+    def frequencies(self) -> Float[Tensor, " frequencies"]:
+        """Inverse frequencies in force now (those of the last forward), fp32; a copy, for longrope writes in place."""
+        return getattr(self.rotary, self.buffer).detach().float().clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rope":
+        return self
+
+
+def rope_of(model: "PreTrainedModel", family: Family) -> Rope:
+    """The rotary embedding that full-attention layers of a model use.
+
+    Raises:
+        ValueError: for a decoder without known inverse frequencies, or with an unknown assignment of axes.
+    """
+    rotary: Any = getattr(decoder_of(model), "rotary_emb", None)
+    names = ("inv_freq", "full_attention_inv_freq")  # Gemma 3 has frequencies for each type of layer
+    buffer = next((name for name in names if hasattr(rotary, name)), None)
+    if buffer is None:
+        raise ValueError(
+            f"positions 'packed' needs a decoder with rotary_emb.inv_freq, {model.config.model_type} has none; "
+            "use positions=original"
+        )
+    kind = rotary.rope_type["full_attention"] if isinstance(rotary.rope_type, dict) else rotary.rope_type
+    axis = _axis(family.rope, getattr(rotary, buffer), getattr(rotary, "mrope_section", None))
+    return Rope(rotary, buffer, axis, 1 if family.rope == "1d" else 3, "dynamic" in kind or kind == "longrope")
+
+
+def _axis(rope: str, inv_freq: Tensor, section: Sequence[int] | None) -> Int[Tensor, " frequencies"]:
+    """Axis of each frequency, as `recomposition_frequencies` of Qwen2.5-VL and Qwen3-VL chooses them."""
+    axis = torch.zeros(inv_freq.shape, dtype=torch.long, device=inv_freq.device)
+    match rope, section:
+        case "1d", None:
+            pass
+        case "mrope", [*chunks] if sum(chunks) == len(axis):
+            axis[:] = torch.arange(len(chunks)).remainder(3).repeat_interleave(torch.tensor(chunks))
+        case "mrope_interleaved", [_, height, width]:
+            axis[1 : 3 * height : 3] = 1
+            axis[2 : 3 * width : 3] = 2
+        case _:
+            raise ValueError(
+                f"expected mrope_section {section} of the config to divide {len(axis)} frequencies as {rope!r} does; "
+                "mend the config, or use positions=original"
+            )
+    return axis
+
+
 def decoder_of(model: "PreTrainedModel") -> Any:
     """The language decoder (a module with `layers`, `config`, `rotary_emb`) of a text or vision-language model."""
     return model.get_decoder()
 
 
 def evictable_layers(model: "PreTrainedModel") -> tuple[int, ...]:
-    """Indices of full-attention layers; sliding and linear layers keep transformers' own cache."""
+    """Indices of full-attention layers; sliding and linear layers keep transformers' own cache.
+
+    A config without `layer_types` has one type throughout, told as `transformers.DynamicCache` tells it.
+    """
     config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    local = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+    types = getattr(config, "layer_types", None) or ["local" if local else "full_attention"] * config.num_hidden_layers
     return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
@@ -84,17 +153,3 @@ def fingerprint(model: "PreTrainedModel") -> dict[str, str]:
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "weight_hash": weights.hexdigest()[:16],
     }
-
-
-def rope_frequencies(model: "PreTrainedModel", family: Family) -> Float[Tensor, " frequencies"]:
-    """Inverse frequencies of the decoder's rotary embedding.
-
-    Raises:
-        ValueError: for a family whose positions are not one-dimensional.
-    """
-    if family.rope != "1d":
-        raise ValueError(
-            f"positions 'packed' needs one-dimensional rotary positions, {model.config.model_type} has {family.rope}; "
-            "use positions=original"
-        )
-    return decoder_of(model).rotary_emb.inv_freq

@@ -24,7 +24,7 @@ def _forward(model: "PreTrainedModel", cache: EvictingCache, ids: Tensor, mask: 
     """Logits of the last token of each row; positions count tokens seen, padding excluded."""
     ids, mask = ids.to(model.device), mask.to(model.device)
     before = cache.seen() if cache.columns else mask.new_zeros(mask.shape[0])
-    past = cache.valid.to(mask.dtype) if cache.columns else mask[:, :0]
+    past = cache.tokens.valid.to(mask.dtype) if cache.columns else mask[:, :0]
     positions = (before[:, None] + mask.cumsum(1) - 1).clamp(min=0)
     out = model(
         input_ids=ids,

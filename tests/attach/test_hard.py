@@ -29,7 +29,7 @@ def test_within_the_budget_generation_is_stock_to_the_bit(family, name):
         assert not cache.evicted
         assert cache.get_seq_length() == 16 + 4
         assert cache.kept().unique().tolist() == [11 + 4, 16 + 4]
-        seen = cache.evicting_layers[0].state()[0].visual[:, 0, :16]
+        seen = cache.evicting_layers[0].state().visual[:, 0, :16]
         assert torch.equal(seen, batch["input_ids"] == IMAGE_TOKEN)
     assert torch.equal(out.sequences, stock.sequences)
     for ours, theirs in zip(out.logits, stock.logits, strict=True):

@@ -23,6 +23,7 @@ from tests.cache.helpers import (
     left_padded,
     model_of,
     policy_with,
+    same,
     small,
     tokens,
 )
@@ -193,8 +194,8 @@ def test_chunks_by_image_bound_the_peak_by_one_image():
         hook = last.register_forward_hook(lambda *_: held.append(int(cache.kept().max())))
         Conversation(model, cache).feed(ids, pixel_values=pixels)
         hook.remove()
-        visual = cache.evicting_layers[0].state()[0].visual
-        assert torch.equal(visual[0, 0], ids[0, cache.evicting_layers[0].state()[0].positions[0, 0]] == IMAGE_TOKEN)
+        visual = cache.evicting_layers[0].state().visual
+        assert torch.equal(visual[0, 0], ids[0, cache.evicting_layers[0].state().positions[0, 0]] == IMAGE_TOKEN)
     assert held == [7, 10, 10, 9]
 
 
@@ -485,7 +486,7 @@ def test_attention_received_follows_its_entries_through_an_eviction():
                 received = oracle.weights[layer].unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
                 totals[layer, :, :, : received.shape[-1]] += received
             for number, layer in enumerate(cache.evicting_layers):
-                state, _ = layer.state()
+                state = layer.state()
                 expected = totals[number].gather(-1, state.positions)
                 assert ((state.statistics["column_sums"] - expected) * state.valid).abs().max() < 1e-5
             cache.evict()
@@ -519,7 +520,7 @@ def test_a_fork_with_another_policy_equals_a_separate_run(name, positions):
         told.feed(*QUESTION)
         after = tensors_of(source)
         assert len(before) == len(after)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert all(same(a, b) for a, b in zip(before, after, strict=True))
         assert (other.kept() == 3).all() or other.kept().sum() == 3 * 3 * HEADS
 
 
@@ -532,7 +533,7 @@ def test_a_fork_of_an_evicted_cache_continues_as_its_source_would(name):
         twin.mask = told.mask
         before = [x.clone() for x in tensors_of(source)]
         results = [twin.feed(*QUESTION), decode(twin, 3), twin.cache.kept_table()]
-        assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(source), strict=True))
+        assert all(same(a, b) for a, b in zip(before, tensors_of(source), strict=True))
         assert source.get_seq_length() == 26
         assert source.seen().tolist() == [26, 19, 11]
         again = [told.feed(*QUESTION), decode(told, 3), source.kept_table()]
@@ -690,7 +691,7 @@ def test_gates_rank_what_their_layer_reads(chunk):
     with opened("db_trim_kv", CacheConfig(Budget(5.0), prefill_chunk=chunk)) as (cache, told):
         with cache.hold():
             told.feed(ids, mask)
-        states = [layer.state()[0] for layer in cache.evicting_layers]
+        states = [layer.state() for layer in cache.evicting_layers]
         assert all((s.log_beta - b)[s.valid].abs().max() < 1e-5 for s, b in zip(states, log_beta, strict=True))
         cache.evict()
         table = cache.kept_table()

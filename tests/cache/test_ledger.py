@@ -61,9 +61,11 @@ def assert_ledger(cache: EvictingCache) -> None:
     assert abs(cache.bytes().total - reachable(cache)) < SMALL
 
 
-def assert_exact(cache: EvictingCache, entries: int) -> None:
+def assert_exact(cache: EvictingCache, entries: int, padding: int = 0) -> None:
+    """Keys and values of so many entries, and nothing reserved beside them but for padding."""
     physical = cache.bytes().physical
     assert physical["keys"] == physical["values"] == entries * ENTRY // 2
+    assert physical["slack"] == padding * (ENTRY + 4 * (physical["scores"] > 0))
 
 
 @pytest.mark.parametrize("scope", ["uniform", "global"])
@@ -75,7 +77,7 @@ def test_the_ledger_equals_the_tensors(name, scope):
         with cache.hold():
             told.feed(*PROMPT)
         assert_ledger(cache)
-        assert_exact(cache, 2 * 96 * LAYERS * KV_HEADS)
+        assert_exact(cache, (96 + 60) * LAYERS * KV_HEADS, padding=36 * LAYERS * KV_HEADS)
         full = cache.bytes()
         cache.evict()
         assert_ledger(cache)
@@ -95,15 +97,14 @@ def test_the_ledger_equals_the_tensors(name, scope):
 
 
 def test_padding_is_held_until_it_is_evicted():
-    """Physical bytes count what is allocated, padding included; logical ones only entries."""
+    """Physical bytes count what is allocated, padding as slack; logical ones only entries."""
     model = model_of()
     with evicting(model, small("knorm"), CacheConfig(Budget(200.0))) as cache:
         Conversation(model, cache).feed(*PROMPT)
         ledger = cache.bytes()
     heads = LAYERS * KV_HEADS
-    assert ledger.physical["keys"] == 2 * 96 * heads * ENTRY // 2
-    assert ledger.logical["keys"] == (96 + 60) * heads * ENTRY // 2
-    assert ledger.physical["values"] - ledger.logical["values"] == 36 * heads * ENTRY // 2
+    assert ledger.logical["keys"] == ledger.physical["keys"] == (96 + 60) * heads * ENTRY // 2
+    assert ledger.physical["slack"] == 36 * heads * ENTRY
 
 
 def test_half_precision_takes_half_the_bytes():
@@ -151,7 +152,7 @@ def test_the_peak_covers_what_really_lives_while_a_policy_scores(chunk):
     config = CacheConfig(Budget(32.0), allocator="global", prefill_chunk=chunk)
     with evicting(model, policy_with(score), config) as cache:
         Conversation(model, cache).feed(*PROMPT)
-        kv = sum(cache.bytes().physical[item] for item in ("keys", "values"))
+        kv = sum(cache.bytes().physical[item] for item in ("keys", "values", "slack"))
         assert abs(live(before) - kv) < SMALL
     assert len(held) == LAYERS * (1 if chunk is None else 3)
     assert max(held) > kv

@@ -32,6 +32,7 @@ QUESTION = left_padded(tokens(2, 7, seed=2), [4, 7])
 ANSWERS = tokens(2, 2 * STEPS, seed=3)
 
 
+@pytest.mark.parametrize("page", [2, 32], indirect=True)
 @pytest.mark.parametrize("positions", ["original", "packed"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("name", sorted(POLICIES))

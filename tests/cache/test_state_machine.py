@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from retention import Budget, CacheConfig, evicting
-from tests.cache.helpers import DECODING, KV_HEADS, LAYERS, Conversation, gates_of, left_padded, model_of, small, tokens
+from tests.cache.helpers import (
+    DECODING,
+    KV_HEADS,
+    LAYERS,
+    Conversation,
+    gates_of,
+    left_padded,
+    model_of,
+    same,
+    small,
+    tokens,
+)
 from tests.cache.test_ledger import assert_ledger
 
 BUDGET, SINKS, RECENT = 6, 1, 2
@@ -104,7 +115,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.told, self.seen, self.fed, before = self.source
         after = [x for g in self.told.cache.tensors().values() for x in g]
         assert len(before) == len(after)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert all(same(a, b) for a, b in zip(before, after, strict=True))
         self.source, self.asked, self.added = None, False, None
 
     @invariant()
@@ -132,7 +143,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert table[:, row, :, max(0, seen - RECENT) : seen].all()
             assert not table[:, row, :, seen:].any()
         for layer in cache.evicting_layers:
-            state, _ = layer.state()
+            state = layer.state()
             for row in range(ROWS):
                 for head in range(KV_HEADS):
                     places = state.positions[row, head][state.valid[row, head]]
