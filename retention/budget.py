@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -77,39 +78,54 @@ def _plain(number: float) -> str:
 
 
 def water_fill(
-    weights: Float[Tensor, " parts"], total: int, caps: Int[Tensor, " parts"], floor: int = 0
-) -> Int[Tensor, " parts"]:
-    """Split `total` in proportion to `weights`, each part within [floor, cap], the surplus redistributed.
+    weights: Float[Tensor, "*rows parts"],
+    total: int | Int[Tensor, "*rows"],
+    caps: Int[Tensor, "*rows parts"],
+    floor: int = 0,
+) -> Int[Tensor, "*rows parts"]:
+    """Split each row's `total` in proportion to `weights`, each part within [floor, cap], the surplus redistributed.
 
     Largest-remainder rounding, ties to the lower index; the sum is exact (or the sum of the caps, if smaller).
+    Remainders that differ by rounding noise count as ties, so that a row's counts do not depend on its batch.
     """
-    caps = caps.long()
-    total = min(int(total), int(caps.sum()))
-    counts = torch.minimum(torch.full_like(caps, min(floor, total // max(len(caps), 1))), caps)
-    share = counts.double()
+    caps, parts = caps.long(), caps.shape[-1]
+    total = torch.minimum(torch.as_tensor(total, device=caps.device), caps.sum(-1))
+    least = (total // max(parts, 1)).clamp(max=floor)
+    share = torch.minimum(least[..., None], caps).double()
     weights = weights.double().clamp(min=0)
-    for _ in range(len(weights)):
+    for _ in range(parts):
         open_parts = share < caps
-        left = total - float(share.sum())
-        pull = torch.where(open_parts, weights, torch.zeros_like(weights))
-        if left <= 1e-9 or not open_parts.any():
+        left = total - share.sum(-1)
+        left = torch.where(open_parts.any(-1) & (left > 1e-9), left, 0.0)[..., None]
+        if not left.any():
             break
-        if pull.sum() == 0:
-            pull = open_parts.double()
-        share = torch.minimum(share + left * pull / pull.sum(), caps.double())
+        pull = torch.where(open_parts, weights, 0.0)
+        pull = torch.where(pull.sum(-1, keepdim=True) == 0, open_parts.double(), pull)
+        share = torch.minimum(share + left * pull / pull.sum(-1, keepdim=True).clamp(min=1e-300), caps.double())
     counts = share.floor().long()
-    order = (share - counts).argsort(descending=True, stable=True)
-    for part in order[: total - int(counts.sum())].tolist():
-        counts[part] += 1
-    return counts
+    order = ((share - counts) * 1e6).round().argsort(dim=-1, descending=True, stable=True)
+    extra = torch.arange(parts, device=caps.device) < (total - counts.sum(-1))[..., None]
+    return counts + torch.zeros_like(counts).scatter(-1, order, extra.long())
+
+
+Counts = Int[Tensor, "layers batch kv_heads"]
 
 
 @dataclass
 class AllocationInput:
-    """What an allocator may know: entries present per layer, row and head, and a quota table if one was given."""
+    """What an allocator may know: entries present per layer, row and head, and what its own option needs."""
 
-    available: Int[Tensor, "layers batch kv_heads"]
-    quota: Float[Tensor, "layers kv_heads"] | None = None
+    available: Counts
+    quota: Float[Tensor, "rows columns"] | None = None
+    layer_weights: Float[Tensor, " weights"] | None = None
+    window: Int[Tensor, " batch"] | None = None
+    """Newest entries that stay in every head; null is none."""
+    pyramid_beta: float = 20.0
+    """The budget above the window, divided by its share in the last layer."""
+    available_visual: Counts | None = None
+    """Those of `available` that are visual."""
+    visual_share: float | None = None
+    """Visual part of each head's budget; null is in proportion to what is there."""
 
 
 @dataclass
@@ -119,8 +135,15 @@ class Pool:
     totals: Int[Tensor, " batch"]
 
 
-Counts = Int[Tensor, "layers batch kv_heads"]
-Allocator = Callable[[Int[Tensor, " batch"], AllocationInput], "Counts | Pool"]
+@dataclass
+class Split:
+    """Counts of each head for its visual and its text entries, which do not compete with each other."""
+
+    visual: Counts
+    text: Counts
+
+
+Allocator = Callable[[Int[Tensor, " batch"], AllocationInput], "Counts | Pool | Split"]
 
 
 def uniform(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
@@ -138,17 +161,82 @@ def quota(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
     """Fixed shares per layer and head, rescaled to the budget: allocation without scoring.
 
     Raises:
-        ValueError: when no quota table was given.
+        ValueError: when no quota table was given, or one of another shape.
     """
     if given.quota is None:
         raise ValueError("allocator 'quota' needs a table of shares per layer and head, got none; set cache.quota")
     layers, batch, kv_heads = given.available.shape
-    weights = given.quota.flatten().cpu()
-    rows = [
-        water_fill(weights, int(budget[row]) * layers * kv_heads, given.available[:, row].flatten().cpu())
-        for row in range(batch)
-    ]
-    return torch.stack(rows, 1).view(layers, kv_heads, batch).transpose(1, 2).to(given.available.device)
+    if given.quota.shape != (layers, kv_heads):
+        raise ValueError(
+            f"expected cache.quota for {layers} layers x {kv_heads} heads, got {' x '.join(map(str, given.quota.shape))}; "
+            "write one row per layer with one share per KV head"
+        )
+    caps = rearrange(given.available.cpu(), "layers batch kv_heads -> batch (layers kv_heads)")
+    weights = given.quota.flatten().cpu().expand(batch, -1)
+    counts = water_fill(weights, budget.cpu() * layers * kv_heads, caps)
+    counts = rearrange(counts, "batch (layers kv_heads) -> layers batch kv_heads", layers=layers)
+    return counts.to(given.available.device)
 
 
-ALLOCATORS: dict[str, Allocator] = {"uniform": uniform, "global": global_pool, "quota": quota}
+def _by_layer(weights: Float[Tensor, "layers batch kv_heads"], budget: Int[Tensor, " batch"], caps: Counts) -> Counts:
+    """Equal heads, then each head's total over its layers by `weights`; what is full hands on its surplus."""
+    parts, room = (rearrange(x.cpu(), "layers batch kv_heads -> batch kv_heads layers") for x in (weights, caps))
+    heads = room.sum(-1)
+    totals = water_fill(torch.ones(heads.shape), budget.cpu() * parts[0].numel(), heads)
+    counts = water_fill(parts, totals, room)
+    return rearrange(counts, "batch kv_heads layers -> layers batch kv_heads").to(caps.device)
+
+
+def pyramid(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
+    """Much for the first layer, little for the last, linear between (PyramidKV, arXiv 2406.02069).
+
+    With `b = budget - window`, the last layer holds `window + b / beta` and the first `window + 2 b - b / beta`,
+    or as many as there are: then the last layers hold what is over.
+    """
+    layers = len(given.available)
+    window = torch.zeros_like(budget) if given.window is None else torch.minimum(given.window, budget)
+    above = (budget - window)[:, None].double()
+    room = (given.available.amax(0) - window[:, None]).clamp(min=0)
+    first = torch.minimum(2 * above - above / given.pyramid_beta, room.double())
+    last = 2 * above - first
+    depth = torch.arange(layers, device=budget.device).double()[:, None, None] / max(layers - 1, 1)
+    return _by_layer(window[:, None] + first - depth * (first - last), budget, given.available)
+
+
+def layer_shares(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
+    """Fixed weights per layer, the same for all heads, rescaled to the budget.
+
+    Raises:
+        ValueError: when no weights were given, or not one per layer.
+    """
+    count = len(given.available)
+    if given.layer_weights is None or len(given.layer_weights) != count:
+        got = "none" if given.layer_weights is None else str(len(given.layer_weights))
+        raise ValueError(f"allocator 'layers' needs {count} weights, one per layer, got {got}; set cache.layer_weights")
+    weights = given.layer_weights.to(given.available.device)[:, None, None].expand(given.available.shape)
+    return _by_layer(weights, budget, given.available)
+
+
+def modality(budget: Int[Tensor, " batch"], given: AllocationInput) -> Split:
+    """Budgets of their own for visual and text entries inside each head, in the manner of MadaKV (arXiv 2506.15724).
+
+    Rounds to the nearest count, halves up; what one modality cannot fill goes to the other.
+    """
+    assert given.available_visual is not None, "the cache counts visual entries for this allocator"
+    totals, there = uniform(budget, given), given.available_visual
+    if given.visual_share is None:
+        visual = (2 * totals * there + given.available) // (2 * given.available).clamp(min=1)
+    else:
+        visual = (totals.double() * given.visual_share + 0.5).floor().long()
+    visual = torch.minimum(torch.maximum(visual, totals - (given.available - there)), there)
+    return Split(visual, totals - visual)
+
+
+ALLOCATORS: dict[str, Allocator] = {
+    "uniform": uniform,
+    "global": global_pool,
+    "quota": quota,
+    "pyramid": pyramid,
+    "layers": layer_shares,
+    "modality": modality,
+}

@@ -52,8 +52,10 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     model, _ = rt.load_frozen()
     rt.RetentionGates.for_model(DBTrim(), model).save_pretrained(tmp_path / "outputs" / "latest" / "gates")
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks("python")
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["cache"].kept().sum() < names["other"].kept().sum() + names["question"].shape[1] * 8 + 1
     kept = round(0.1 * 291) * 8
     assert f"({kept})" in capsys.readouterr().out
 

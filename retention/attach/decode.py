@@ -1,10 +1,14 @@
 """Attention of one new token over an evicting layer: dense where heads are equal, ragged over pages where not."""
 
+from functools import cache
+from importlib.util import find_spec
+
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from retention.cache.layer import EvictingLayer
+from retention.ops import ragged_triton
 from retention.ops.ragged import ragged_attention
 
 
@@ -19,9 +23,38 @@ def decode_attention(
     keys, values = (buffer.view() for buffer in store.buffers)
     visible = layer.buffer_visible()
     if store.owner is not None:
-        pages, shown = store.pages, visible
-        return ragged_attention(query, pages[0], pages[1], store.owner, keys, values, shown, scaling)[0]
+        return _ragged(layer, query, keys, values, visible, scaling)
     grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[-1])
     mask = None if visible is None else visible[:, :, None]
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     return out.reshape(*query.shape[:3], -1)
+
+
+def _ragged(
+    layer: EvictingLayer, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scaling: float
+) -> Tensor:
+    """Over pages and buffer together: by the fused kernel on a GPU, by batched products elsewhere."""
+    store, (pages_k, pages_v) = layer.store, layer.store.pages
+    assert store.owner is not None
+    assert store.page_counts is not None
+    if not (query.is_cuda and has_triton()):
+        return ragged_attention(query, pages_k, pages_v, store.owner, keys, values, visible, scaling)[0]
+    return ragged_triton.decode(
+        query,
+        pages_k,
+        pages_v,
+        F.pad(store.page_counts.flatten().cumsum(0), (1, 0)),
+        store.buffers[0].data,
+        store.buffers[1].data,
+        store.buffers[0].used,
+        store.front - store.loose_counts(),
+        layer.buffer_valid(),
+        scaling,
+        longest_pages=store.longest_pages,
+    )
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the fused kernel can be compiled here."""
+    return find_spec("triton") is not None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from retention.attach.chunks import chunk_ends, run_chunks
 from retention.attach.decode import decode_attention
+from retention.attach.deltas import own_rope_deltas
 from retention.attach.facts import TokenFacts, attached, register_attention, valid_tokens
 from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
@@ -16,7 +17,7 @@ from retention.cache.layer import EvictingLayer
 from retention.cache.rotation import Rotation
 from retention.gates import RetentionGates
 from retention.models import family_of
-from retention.models.family import decoder_of, model_shape, rope_of
+from retention.models.family import decoder_of, fingerprint, model_shape, rope_of
 from retention.policies import Policy
 from retention.policies.collect import COLLECTORS, Observation
 
@@ -72,7 +73,16 @@ def new_cache(
     layers: list[Any] = [None if i in shape.layers else layer for i, layer in enumerate(stock)]
     needs_rope = packed or config.positions == "packed"
     rotation = Rotation(rope_of(model, family_of(model))) if needs_rope else None
-    return EvictingCache(shape, layers, policy, config, extra_collectors=extra_collectors, rotation=rotation)
+    return EvictingCache(
+        shape,
+        layers,
+        policy,
+        config,
+        extra_collectors=extra_collectors,
+        rotation=rotation,
+        base=fingerprint(model) | {"dtype": str(model.dtype)},
+        device=model.device,
+    )
 
 
 @contextmanager
@@ -109,6 +119,7 @@ def evicting(
         stack.enter_context(attached(model, NAME))
         for hook in _install(model, cache.shape.layers, gates):
             stack.callback(hook.remove)
+        stack.enter_context(own_rope_deltas(model))
         stack.enter_context(_decoder_forward(model))
         yield cache
 

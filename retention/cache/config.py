@@ -1,5 +1,6 @@
 """How much stays and when eviction runs: everything about a cache that is not its policy."""
 
+import math
 from dataclasses import dataclass, field
 
 from retention.budget import ALLOCATORS, Budget
@@ -14,19 +15,27 @@ class CacheConfig:
     budget: Budget = field(default_factory=lambda: Budget(0.1, "fraction"))
     """Average kept entries per layer and KV head."""
     allocator: str | None = None
-    """uniform, global or quota; null is the policy's own."""
+    """uniform, global, quota, pyramid, layers or modality; null is the policy's own."""
     selector: str | None = None
     """head, layer, global or threshold; null is the policy's own."""
     threshold: float | None = None
     """Smallest kept score, for selector=threshold."""
     quota: list[list[float]] | None = None
     """Shares per layer and head, for allocator=quota."""
+    pyramid_beta: float = 20.0
+    """How much smaller the last layer's part of the budget is than the average, for allocator=pyramid."""
+    layer_weights: list[float] | None = None
+    """Share of each layer, for allocator=layers."""
+    visual_share: float | None = None
+    """Part of each head's budget for visual entries, for allocator=modality; null is in proportion to what is there."""
     min_per_head: int = 0
     """Entries every head keeps under the global selector."""
     sink_size: int = 0
     """First tokens that always stay, inside the budget."""
     recent_size: int = 0
     """Newest tokens that always stay, inside the budget."""
+    protect_text: bool = False
+    """Text tokens of prompts always stay, inside the budget."""
     positions: str = "original"
     """original (keys keep the rotation they were written with) or packed (re-rotated to be contiguous)."""
     prefill_chunk: int | None = None
@@ -62,6 +71,26 @@ class CacheConfig:
                 "cache sizes of 0 or more",
                 "a negative one",
             ),
+            (
+                1 <= self.pyramid_beta < math.inf,
+                "cache.pyramid_beta of at least 1 (1 is equal layers, 20 the published pyramid)",
+                self.pyramid_beta,
+            ),
+            (
+                self.allocator != "layers" or self.layer_weights is not None,
+                "cache.layer_weights, one number per layer, for cache.allocator=layers",
+                self.layer_weights,
+            ),
+            (
+                self.layer_weights is None or _are_weights(self.layer_weights),
+                "cache.layer_weights of 0 or more, at least one above 0",
+                self.layer_weights,
+            ),
+            (
+                self.visual_share is None or 0 <= self.visual_share <= 1,
+                "cache.visual_share between 0 and 1, or null to follow what is there",
+                self.visual_share,
+            ),
         )
         for holds, expected, got in checks:
             if not holds:
@@ -72,3 +101,7 @@ class CacheConfig:
                 f"expected a budget above sink_size + recent_size = {protected}, got {self.budget.amount:g} tokens; "
                 "raise cache.budget or lower the protected sizes"
             )
+
+
+def _are_weights(numbers: list[float]) -> bool:
+    return all(0 <= number < math.inf for number in numbers) and any(number > 0 for number in numbers)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from retention.cache.config import CacheConfig
 from retention.cache.decide import decide
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.cache.ledger import Ledger, PeakMeter, physical_bytes
+from retention.cache.persist import restore_cache, save_cache
 from retention.cache.rotation import Rotation, Turn
 from retention.cache.storage import LayerStorage
 from retention.cache.tokens import Tokens
@@ -38,13 +40,21 @@ class EvictingCache(Cache):
         *,
         extra_collectors: Iterable[str] = (),
         rotation: Rotation | None = None,
+        base: Mapping[str, str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`layers` holds transformers' own layer where it stays, None where this cache takes over."""
+        """`layers` holds transformers' own layer where it stays, None where this cache takes over.
+
+        `base` identifies the model and `device` says where it lives, for conversations that are saved and restored.
+        """
         counter = iter(range(10**6))
         super().__init__(layers=[EvictingLayer(self, next(counter)) if x is None else x for x in layers])
         self.shape = shape
         self.extra_collectors = tuple(extra_collectors)
         self.rotation = rotation
+        self.rope_deltas: Tensor | None = None
+        """What models with three-axis positions keep between the turns of a conversation."""
+        self.base, self.device = dict(base or {}), device or torch.device("cpu")
         self.meter = PeakMeter()
         self.tokens = Tokens()
         self.new_tokens = 0
@@ -259,6 +269,18 @@ class EvictingCache(Cache):
         logical["scores"] = 0 if store.log_beta is None else entries * 4
         return Ledger.of(physical_bytes(self.tensors()), logical, self.meter.peak)
 
+    def save(self, file: Path | str) -> None:
+        """Write the conversation to one safetensors file, whole or not at all; model and gates are not in it."""
+        save_cache(self, Path(file))
+
+    def restore(self, file: Path | str) -> None:
+        """Continue a saved conversation in place of this one, under this cache's policy and budget.
+
+        Raises:
+            ValueError: when the file is missing, damaged, newer, of another base, or lacks what the policy reads.
+        """
+        restore_cache(self, Path(file))
+
     def fork(self, policy: Policy | None = None, config: CacheConfig | None = None) -> "EvictingCache":
         """An independent continuation of the same prefill, with another policy or budget if given; never on hold.
 
@@ -307,8 +329,11 @@ class EvictingCache(Cache):
         )
 
     def _select_shared(self, rows: Tensor) -> None:
+        before = len(self.tokens.valid)
         self.tokens.select_rows(rows)
         self.expected = None if self.expected is None else self.expected[rows]
+        if self.rope_deltas is not None and len(self.rope_deltas) == before:  # not so where beams share one
+            self.rope_deltas = self.rope_deltas[rows]
         if self.rotation is not None:
             self.rotation.select_rows(rows)
 
@@ -320,7 +345,7 @@ class EvictingCache(Cache):
         """Forget everything; the policy and its configuration stay."""
         super().reset()
         self.tokens, self.new_tokens, self.tail_padded = Tokens(), 0, False
-        self.expected, self.evicted, self.meter = None, False, PeakMeter()
+        self.expected, self.evicted, self.meter, self.rope_deltas = None, False, PeakMeter(), None
         if self.rotation is not None:
             self.rotation.reset()
         self._configure(self.policy, self.config)

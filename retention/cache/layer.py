@@ -90,19 +90,21 @@ class EvictingLayer(CacheLayerMixin):
         """`visible` for every query head."""
         return self.visible(queries).repeat_interleave(groups, 1)
 
-    def buffer_visible(self) -> Bool[Tensor, "batch kv_heads_or_1 columns"] | None:
-        """Which columns of the buffer the newest token may see; None for all of them."""
-        store, padded = self.store, self.owner.tail_padded
-        holes = store.holes()
-        if holes is None and not padded:
+    def buffer_valid(self) -> Bool[Tensor, "batch columns"] | None:
+        """False where a column of the buffer is padding; None where none is. The newest token always sees itself."""
+        if not self.owner.tail_padded:
             return None
-        columns = torch.arange(store.buffers[0].used, device=self.owner.tokens.valid.device)
-        seen = columns >= (columns.new_zeros(1, 1) if holes is None else holes)[..., None]
-        if padded:
-            valid = self.owner.tokens.valid[:, self.owner.columns - store.tail : self.owner.columns].clone()
-            valid[:, -1] = True
-            seen = seen & F.pad(valid, (store.front, 0), value=True)[:, None]
-        return seen
+        valid = self.owner.tokens.valid[:, self.owner.columns - self.store.tail : self.owner.columns].clone()
+        valid[:, -1] = True
+        return F.pad(valid, (self.store.front, 0), value=True)
+
+    def buffer_visible(self) -> Bool[Tensor, "batch kv_heads_or_1 columns"] | None:
+        """Which columns of the buffer the newest token may see, neither padding nor holes; None for all of them."""
+        valid, holes = self.buffer_valid(), self.store.holes()
+        if holes is None:
+            return None if valid is None else valid[:, None]
+        seen = torch.arange(self.store.buffers[0].used, device=holes.device) >= holes[..., None]
+        return seen if valid is None else seen & valid[:, None]
 
     def observe(self, call: Observation) -> None:
         """Let the active collectors look at this attention call; queries that are padding observe nothing."""
@@ -143,7 +145,7 @@ class EvictingLayer(CacheLayerMixin):
             valid = torch.cat([store.kept_valid(), valid], -1)
             if known.log_beta is not None and log_beta is not None:
                 log_beta = torch.cat([store.padded(known.log_beta), log_beta], -1)
-        visual, protected = cache.tokens.marks(positions, text=getattr(cache.config, "protect_text", False))
+        visual, protected = cache.tokens.marks(positions, text=cache.config.protect_text)
         length = store.longest + store.tail
         statistics = {k: F.pad(v, (0, length - v.shape[-1])) for k, v in self.observed.items()}
         return KVState(

@@ -63,6 +63,9 @@ class LayerStorage:
         self.entries: Entries | None = None
         self.page_counts: Int[Tensor, "batch kv_heads"] | None = None
         self.owner: Int[Tensor, " pages"] | None = None
+        """Segment (row x KV heads + head) of each page."""
+        self.longest_pages = 0
+        """Most pages of a head."""
         self.pages: list[Tensor] = []
         """Keys and values, [pages, PAGE, width]; empty where no head fills a page or all are equal."""
         self.loose: list[Tensor] = []
@@ -210,6 +213,7 @@ class LayerStorage:
         any_page = bool(paged.any())
         self.counts, self.entries = counts, entries
         self.page_counts, self.owner = (paged, torch.repeat_interleave(paged.flatten())) if any_page else (None, None)
+        self.longest_pages = int(paged.max())
         self.pages, self.loose, self.front = [], [], 0
         starts = counts.flatten().cumsum(0) - counts.flatten()
         whole, left = PAGE * paged.flatten(), self.loose_counts()

@@ -1,11 +1,22 @@
 """Selection against a brute-force sort: order, protection, tiers, ties."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retention.ops.select import Ranking, keep_global, keep_per_head, keep_per_layer, keep_threshold
+from retention.ops import select
+from retention.ops.select import (
+    Ranking,
+    keep_by_modality,
+    keep_global,
+    keep_per_head,
+    keep_per_layer,
+    keep_threshold,
+)
 
 
 def ranking(scores, *, positions=None, valid=None, protected=None, tiers=None):
@@ -60,17 +71,64 @@ def as_set(mask, batch):
 
 
 @st.composite
-def rankings(draw):
+def rankings(draw, most=1):
     layers, batch, kv_heads, keys = (draw(st.integers(1, n)) for n in (3, 2, 3, 6))
+    keys *= draw(st.sampled_from([1, 1, most]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = (layers, batch, kv_heads, keys)
-    positions = torch.rand(*shape[:-1], 9, generator=g).argsort(-1)[..., :keys].sort(-1).values
+    positions = torch.rand(*shape[:-1], keys + 3, generator=g).argsort(-1)[..., :keys].sort(-1).values
     scores = torch.randint(-2, draw(st.integers(-1, 4)), shape, generator=g).float() / 2
+    scores *= torch.randint(0, 2, shape, generator=g) * 2 - 1  # zeros of both signs
     valid = torch.rand(shape, generator=g) < draw(st.sampled_from([0.3, 0.8, 1.0]))
     protected = torch.rand(shape, generator=g) < draw(st.sampled_from([0.0, 0.3]))
     tiers = torch.randint(0, 3, shape, generator=g) if draw(st.booleans()) else None
     scores[~valid] = draw(st.sampled_from([0.0, 9.0, float("nan"), float("inf")]))
     return Ranking(scores, positions, valid, protected, tiers), g
+
+
+def naive_best(ranked, counts, rows):
+    """The `counts` best of each row by three stable sorts: position, then score, then class."""
+    tiers = torch.zeros_like(ranked.positions) if ranked.tiers is None else ranked.tiers
+    classes = torch.where(ranked.protected, tiers.amax() + 1, tiers).masked_fill(~ranked.valid, tiers.amin() - 1)
+    parts = (ranked.positions, ranked.scores.masked_fill(~ranked.valid, 0.0), classes, ranked.valid)
+    positions, scores, classes, valid = (rearrange(x, f"layers batch kv_heads keys -> {rows}") for x in parts)
+    order = positions.argsort(dim=-1, descending=True, stable=True)
+    for key in (scores, classes):
+        order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    chosen = torch.arange(order.shape[-1]) < counts.flatten()[:, None]
+    kept = torch.zeros_like(valid).scatter(-1, order, chosen) & valid
+    sizes = dict(zip(("layers", "batch", "kv_heads"), ranked.valid.shape, strict=False))
+    return rearrange(kept, f"{rows} -> layers batch kv_heads keys", **sizes)
+
+
+@pytest.mark.parametrize("many", [0, 256])
+@pytest.mark.parametrize("rows", [select._HEADS, select._POOL])
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(drawn=rankings(most=40))
+def test_the_cut_equals_three_sorts_for_every_count(rows, many, drawn):
+    """Whichever way the cut is found, from what is protected to more than there is."""
+    ranked, g = drawn
+    room, needed = (
+        rearrange(x, f"layers batch kv_heads keys -> {rows}").sum(-1) for x in (ranked.valid, ranked.protected)
+    )
+    counts = torch.maximum((torch.rand(room.shape, generator=g) * (room + 3)).long() - 1, needed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "_MANY", many)
+        assert torch.equal(select._best(ranked, counts, rows), naive_best(ranked, counts, rows))
+
+
+@pytest.mark.parametrize("size", [883, 5000])
+@pytest.mark.parametrize("values", [3, 50, 10**6])
+def test_the_cut_equals_three_sorts_on_long_rows(size, values):
+    g = torch.Generator().manual_seed(values)
+    shape = (2, 3, 2, size)
+    scores = torch.randint(0, values, shape, generator=g).float()
+    tiers, yes = torch.randint(-1, 2, shape, generator=g), torch.rand(shape, generator=g)
+    ranked = Ranking(scores, torch.arange(size).expand(shape), yes < 0.9, yes < 0.05, tiers)
+    totals = torch.tensor([size // 4, size, 3 * size])
+    assert torch.equal(select._best(ranked, totals, select._POOL), naive_best(ranked, totals, select._POOL))
+    counts = torch.randint(size // 10, size, shape[:3], generator=g)
+    assert torch.equal(select._best(ranked, counts, select._HEADS), naive_best(ranked, counts, select._HEADS))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -148,12 +206,14 @@ def test_protected_entries_stay_within_the_budget_whatever_their_score():
 
 
 @pytest.mark.parametrize(
-    "select", [lambda r: keep_per_head(r, counts([[1]])), lambda r: keep_global(r, torch.tensor([1]))]
+    "choose", [lambda r: keep_per_head(r, counts([[1]])), lambda r: keep_global(r, torch.tensor([1]))]
 )
-def test_more_protected_than_budget_is_refused_with_both_numbers(select):
+def test_more_protected_than_budget_is_refused_with_both_numbers(choose):
     ranked = ranking([[[1, 2, 3, 4]]], protected=[[[1, 1, 0, 1]]])
-    with pytest.raises(ValueError, match=r"3 protected, budget for 1.*sink_size"):
-        select(ranked)
+    with pytest.raises(ValueError, match=r"3 protected, budget for 1; raise the budget") as caught:
+        choose(ranked)
+    for way in ("sink_size", "recent_size", "min_per_head", "window", "protect_text", "mask"):
+        assert way in str(caught.value)
 
 
 def test_a_floor_per_head_beyond_the_total_is_refused():
@@ -246,3 +306,41 @@ def test_one_set_per_layer_refuses_heads_of_different_content():
 def test_threshold_keeps_what_reaches_it_and_what_is_protected():
     ranked = ranking([[[0.4, 0.5, 0.6, 0.1, 0.9]]], protected=[[[0, 0, 0, 1, 0]]], valid=[[[1, 1, 1, 1, 0]]])
     assert kept(keep_threshold(ranked, 0.5)) == [[[1, 2, 3]]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(rankings(), st.floats(0, 1))
+def test_by_modality_each_kind_is_a_sort_of_its_own(drawn, share):
+    ranked, g = drawn
+    visual = torch.rand(ranked.valid.shape, generator=g) < share
+    there, needed = (x.sum(-1) for x in (ranked.valid & visual, ranked.protected & visual))
+    others, wanted = (x.sum(-1) for x in (ranked.valid & ~visual, ranked.protected & ~visual))
+    first = needed + (torch.rand(needed.shape, generator=g) * (there - needed + 1)).long()
+    second = wanted + (torch.rand(wanted.shape, generator=g) * (others - wanted + 1)).long()
+    mask = keep_by_modality(ranked, visual, first, second)
+    for own, counts in ((visual, first), (~visual, second)):
+        expected = naive_best(replace(ranked, valid=ranked.valid & own), counts, select._HEADS)
+        assert torch.equal(mask & own, expected)
+
+
+VISUAL = torch.tensor([[[[1, 1, 1, 0, 0, 0]]]], dtype=torch.bool)
+
+
+def test_by_modality_worse_visual_entries_stay_beside_better_text():
+    ranked = ranking([[[1, 3, 2, 9, 8, 7]]])
+    assert kept(keep_by_modality(ranked, VISUAL, counts([[2]]), counts([[1]]))) == [[[1, 2, 3]]]
+    assert kept(keep_by_modality(ranked, VISUAL, counts([[0]]), counts([[2]]))) == [[[3, 4]]]
+
+
+def test_by_modality_protected_entries_take_from_the_other_kind_within_the_total():
+    ranked = ranking([[[1, 3, 2, 9, 8, 7]]], protected=[[[1, 0, 1, 0, 0, 1]]])
+    assert kept(keep_by_modality(ranked, VISUAL, counts([[0]]), counts([[4]]))) == [[[0, 2, 3, 5]]]
+    assert kept(keep_by_modality(ranked, VISUAL, counts([[3]]), counts([[0]]))) == [[[0, 2, 5]]]
+    with pytest.raises(ValueError, match="3 protected, budget for 2"):
+        keep_by_modality(ranked, VISUAL, counts([[1]]), counts([[1]]))
+
+
+def test_by_modality_an_empty_head_keeps_nothing():
+    ranked = ranking([[[1] * 6, [1] * 6]], valid=[[[0] * 6, [1] * 6]])
+    visual = VISUAL.expand(1, 1, 2, 6)
+    assert kept(keep_by_modality(ranked, visual, counts([[0, 1]]), counts([[0, 1]]))) == [[[], [2, 5]]]
