@@ -54,7 +54,9 @@ def evicting_attention(
         return decode_attention(layer, query, scale).transpose(1, 2), None
     if layer.store.counts is not None:
         attention_mask = layer.attention_mask(queries, query.shape[1] // key.shape[1])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    out = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    layer.owner.after_attention(layer)
+    return out
 
 
 def new_cache(

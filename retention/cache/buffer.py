@@ -30,6 +30,11 @@ class Buffer:
         """Columns that can be written without a copy."""
         return 0 if self.shared else self.data.shape[2] - self.used
 
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry."""
+        return self.data.shape[-1] * self.data.element_size()
+
     def view(self) -> Shaped[Tensor, "batch kv_heads used ..."]:
         """What is held, without a copy."""
         return self.data if self.data.shape[2] == self.used else self.data[:, :, : self.used]

@@ -21,8 +21,12 @@ def decide(
     config: CacheConfig,
     budgets: Int[Tensor, " batch"],
     available: Int[Tensor, "layers batch kv_heads"],
-) -> Bool[Tensor, "layers batch kv_heads keys"] | None:
+    *,
+    only: int | None = None,
+) -> Bool[Tensor, "some_layers batch kv_heads keys"] | None:
     """Score, allocate, select; None when everything fits. `states` is read once, one layer at a time.
+
+    With `only`, `states` holds that layer alone and it is decided alone: see `decides_by_layer`.
 
     Raises:
         ValueError: when selector and allocator do not fit, or protected entries alone exceed the budget.
@@ -34,11 +38,14 @@ def decide(
         if not (available > budgets[None, :, None]).any():
             return None
         entries = _entries(states, policy)
+        given.available = available if only is None else available[only : only + 1]
         given.available_visual = (entries.visual & entries.valid).sum(-1)
     counts = ALLOCATORS[name](budgets, given)
     if selector != "threshold" and _fits(available, counts):
         return None
     entries = entries or _entries(states, policy)
+    if only is not None and isinstance(counts, Tensor):
+        counts = counts[only : only + 1]
     window = _window(policy, _of_head(counts, budgets))
     ranking = _ranking(entries, config, window, firm=selector == "threshold")
     if selector == "threshold":
@@ -49,6 +56,12 @@ def decide(
     if isinstance(counts, Split):
         return select.keep_by_modality(ranking, entries.visual, counts.visual, counts.text)
     return (select.keep_per_layer if selector == "layer" else select.keep_per_head)(ranking, counts)
+
+
+def decides_by_layer(policy: Policy, config: CacheConfig) -> bool:
+    """Whether what a layer keeps depends on no other layer's scores, so that it may be evicted before they ran."""
+    allocator = config.allocator or policy.allocator
+    return _selector(policy, config, allocator) != "global"
 
 
 def _selector(policy: Policy, config: CacheConfig, allocator: str) -> str:

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,12 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from retention.cache.config import CacheConfig
-from retention.cache.decide import decide
+from retention.cache.decide import decide, decides_by_layer
 from retention.cache.layer import EvictingLayer, tensor_bytes
-from retention.cache.ledger import Ledger, PeakMeter, physical_bytes
+from retention.cache.ledger import Ledger, PeakMeter, logical_bytes, physical_bytes, stock_tensors
 from retention.cache.persist import restore_cache, save_cache
-from retention.cache.rotation import Rotation, Turn
-from retention.cache.storage import LayerStorage
+from retention.cache.rotation import Rotation
 from retention.cache.tokens import Tokens
 from retention.cache.trigger import Trigger
 from retention.policies import Policy
@@ -60,6 +58,8 @@ class EvictingCache(Cache):
         self.new_tokens = 0
         self.tail_padded = False
         self.in_prompt = False
+        self.early: tuple[Tensor, Tensor] | None = None
+        """Budgets and entries of the eviction under way, where layers are evicted one by one."""
         self.changed = False
         """Memory was allocated since the peak was noted last."""
         self.staging = 0
@@ -105,7 +105,7 @@ class EvictingCache(Cache):
         of those still to come in the same prompt.
         """
         self.tokens.add(valid, visual, prompt=prompt)
-        self.coordinates, self.upcoming = coordinates, upcoming
+        self.coordinates, self.upcoming, self.early = coordinates, upcoming, None
         self.in_prompt, self.new_tokens = prompt, valid.shape[1]
         self.tail_padded = self.tail_padded or (padded and not bool(valid.all()))
 
@@ -125,15 +125,42 @@ class EvictingCache(Cache):
         """
         self.tokens.protect(mask)
 
+    def after_attention(self, layer: EvictingLayer) -> None:
+        """Told after a layer's attention over a prompt: evict it at once where no other layer has a say.
+
+        So the whole prompt is held in one layer at a time, not in all.
+        """
+        if not (
+            self.in_prompt and self.automatic and self.policy.evicts and decides_by_layer(self.policy, self.config)
+        ):
+            return
+        if self.early is None:
+            self._note_rotation()
+            self.early = self.budgets(), self.kept(upcoming=True)
+        budgets, available = self.early
+        number = self.evicting_layers.index(layer)
+        masks = decide([layer.state()], self.policy, self.config, budgets, available, only=number)
+        if masks is not None:
+            self._keep(layer, masks[0], spare=0)
+            self.evicted = True
+
     def after_forward(self) -> None:
         """Told after a forward of a prompt, a chunk of one, or a decoded token: evict if it is time to."""
-        if self.rotation is not None and (self.packs or not self.evicted):
-            self.rotation.note(self.coordinates, self.tokens.valid[:, self.columns - self.new_tokens :], self.upcoming)
+        early, self.early = self.early, None
+        if early is None:
+            self._note_rotation()
         if self.changed or self.staging:
             self.note_peak(self.staging)
         self.staging = 0
-        if self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens, prompt=self.in_prompt):
+        due = self.automatic and self.policy.evicts and self.trigger.due(self.new_tokens, prompt=self.in_prompt)
+        if due and early is None:
             self.evict()
+        elif early is not None and not self.evicting_layers[0].store.tail:
+            self._evicted()
+
+    def _note_rotation(self) -> None:
+        if self.rotation is not None and (self.packs or not self.evicted):
+            self.rotation.note(self.coordinates, self.tokens.valid[:, self.columns - self.new_tokens :], self.upcoming)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -167,21 +194,10 @@ class EvictingCache(Cache):
         """Whether evictions re-rotate what stays."""
         return self.config.positions == "packed"
 
-    def pack(self, store: LayerStorage, mask: Bool[Tensor, "batch kv_heads keys"]) -> tuple[Tensor, Turn]:
-        """New rotary coordinates of what a layer keeps, and how to turn its keys there."""
-        assert self.rotation is not None
-        known = None if store.entries is None else store.entries.coordinates
-        kept = None
-        if known is not None and store.longest:
-            kept = store.padded(known.T).movedim(-1, 0)
-        tail = self.tokens.positions()[:, None, self.columns - store.tail :].expand(-1, mask.shape[1], -1)
-        padding = mask.new_zeros(*mask.shape[:2], store.longest, dtype=torch.long)
-        return self.rotation.pack(kept, torch.cat([padding, tail], -1), self.seen(), mask)
-
     @property
     def entry_bytes(self) -> int:
         """Bytes of one entry's key and value."""
-        return sum(x.data.shape[-1] * x.data.element_size() for x in self.evicting_layers[0].store.buffers)
+        return sum(buffer.entry_bytes for buffer in self.evicting_layers[0].store.buffers)
 
     def budgets(self) -> Int[Tensor, " batch"]:
         """The budget of each row in entries per layer and head; a fraction is of the whole prompt under way."""
@@ -211,19 +227,27 @@ class EvictingCache(Cache):
             return
         spare = 0 if self.in_prompt else self.config.evict_every or 0
         for layer, mask in zip(layers, masks, strict=True):
-            before = tensor_bytes(*(x for group in layer.store.tensors().values() for x in group))
-            layer.keep(mask[..., : layer.store.longest + layer.store.tail], spare=spare)
-            self.note_peak(staging=before + self.staging)
-            self.staging = 0
+            self._keep(layer, mask, spare=spare)
+        self._evicted()
+
+    def _keep(self, layer: EvictingLayer, mask: Bool[Tensor, "batch kv_heads keys"], *, spare: int) -> None:
+        before = tensor_bytes(*(x for group in layer.store.tensors().values() for x in group))
+        layer.keep(mask[..., : layer.store.longest + layer.store.tail], spare=spare)
+        self.note_peak(staging=before + self.staging)
+        self.staging = 0
+
+    def _evicted(self) -> None:
+        """What holds once all layers were evicted."""
         self.evicted, self.tail_padded = True, False
         if self.rotation is not None:
             self.rotation.packed()
 
-    def kept(self) -> Int[Tensor, "layers batch kv_heads"]:
-        """Entries held now, padding excluded."""
+    def kept(self, *, upcoming: bool = False) -> Int[Tensor, "layers batch kv_heads"]:
+        """Entries held now, padding excluded; `upcoming`: with those that layers are still to get in this forward."""
         rows = []
         for layer in self.evicting_layers:
-            tail = self.tokens.valid[:, self.columns - layer.store.tail : self.columns].sum(1)
+            length = layer.store.tail + (self.columns - layer.length if upcoming else 0)
+            tail = self.tokens.valid[:, self.columns - length : self.columns].sum(1)
             counts = torch.zeros_like(tail)[:, None] if layer.store.counts is None else layer.store.counts
             rows.append((counts + tail[:, None]).expand(-1, self.shape.num_kv_heads))
         return torch.stack(rows)
@@ -240,17 +264,15 @@ class EvictingCache(Cache):
 
     def tensors(self) -> Mapping[str, list[Tensor]]:
         """Every tensor the cache holds, by ledger item."""
-        groups: dict[str, list[Tensor]] = {"layout": self.tokens.tensors()}
+        groups = {"layout": self.tokens.tensors(), "statistics": []}
         if self.rotation is not None and self.rotation.coordinates is not None:
             groups["layout"].append(self.rotation.coordinates)
-        for layer in self.layers:
-            if isinstance(layer, EvictingLayer):
-                parts = {**layer.store.tensors(), "statistics": list(layer.observed.values())}
-            else:
-                parts = {"outside": stock_tensors(layer)}
-            for item, found in parts.items():
+        for layer in self.evicting_layers:
+            groups["statistics"].extend(layer.observed.values())
+            for item, found in layer.store.tensors().items():
                 groups.setdefault(item, []).extend(found)
-        return groups
+        stock = (stock_tensors(layer) for layer in self.layers if not isinstance(layer, EvictingLayer))
+        return groups | {"outside": [x for found in stock for x in found]}
 
     def note_peak(self, staging: int = 0) -> None:
         """Record the bytes held now, plus transient ones."""
@@ -261,13 +283,8 @@ class EvictingCache(Cache):
         """Physical and logical bytes by item, and the peak so far."""
         self.note_peak()
         entries = int(self.kept().sum()) if self.columns else 0
-        store = self.evicting_layers[0].store
-        widths = [buffer.data.shape[-1] * buffer.data.element_size() for buffer in store.buffers] or [0, 0]
-        known = [layer.store.entries for layer in self.evicting_layers]
-        placed = [x for e in known if e is not None for x in (e.positions, e.coordinates) if x is not None]
-        logical = {"keys": entries * widths[0], "values": entries * widths[1], "positions": tensor_bytes(*placed)}
-        logical["scores"] = 0 if store.log_beta is None else entries * 4
-        return Ledger.of(physical_bytes(self.tensors()), logical, self.meter.peak)
+        stores = [layer.store for layer in self.evicting_layers]
+        return Ledger.of(physical_bytes(self.tensors()), logical_bytes(stores, entries), self.meter.peak)
 
     def save(self, file: Path | str) -> None:
         """Write the conversation to one safetensors file, whole or not at all; model and gates are not in it."""
@@ -349,11 +366,3 @@ class EvictingCache(Cache):
         if self.rotation is not None:
             self.rotation.reset()
         self._configure(self.policy, self.config)
-
-
-def stock_tensors(layer: Any) -> list[Tensor]:
-    """Tensors of a layer that stays transformers' own: sliding windows, convolution and recurrent states."""
-    found: list[Any] = []
-    for value in vars(layer).values():
-        found.extend(value.values() if isinstance(value, dict) else [value])
-    return [x for x in found if isinstance(x, Tensor)]

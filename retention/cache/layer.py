@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
+from retention.cache.rotation import Turn
 from retention.cache.storage import Entries, LayerStorage
 from retention.policies.collect import COLLECTORS, Observation
 from retention.types import KVState
@@ -163,12 +164,22 @@ class EvictingLayer(CacheLayerMixin):
     def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], *, spare: int = 0) -> None:
         """Drop what the mask does not name; re-rotate what stays where positions are packed."""
         state = self.state()
-        coordinates, turn = self.owner.pack(self.store, mask) if self.owner.packs else (None, None)
+        coordinates, turn = self._pack(mask) if self.owner.packs else (None, None)
         accumulated = {k: v for k, v in state.statistics.items() if k in self.owner.accumulating()}
         flat = {k: v[mask] for k, v in accumulated.items()}
         log_beta = None if state.log_beta is None else state.log_beta[mask]
         self.store.keep(mask, Entries(state.positions[mask].int(), log_beta, coordinates), turn, spare)
         self.observed = {k: self.store.padded(v) for k, v in flat.items()} if self.store.longest else {}
+
+    def _pack(self, mask: Bool[Tensor, "batch kv_heads keys"]) -> tuple[Tensor, Turn]:
+        """New rotary coordinates of what the mask keeps, and how to turn its keys there."""
+        store, cache = self.store, self.owner
+        assert cache.rotation is not None
+        known = None if store.entries is None else store.entries.coordinates
+        kept = store.padded(known.T).movedim(-1, 0) if known is not None and store.longest else None
+        tail = cache.tokens.positions()[:, None, cache.columns - store.tail :].expand(-1, mask.shape[1], -1)
+        positions = F.pad(tail, (store.longest, 0))
+        return cache.rotation.pack(kept, positions, cache.seen(), mask)
 
     def get_seq_length(self) -> int:
         """Tokens processed, padding included: what drives positions."""

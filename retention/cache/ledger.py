@@ -1,9 +1,12 @@
 """Bytes by item: what a cache really holds, now, at its peak, and what an ideal store would need."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from retention.cache.storage import LayerStorage
 
 ITEMS = ("keys", "values", "scores", "positions", "slack", "memory", "statistics", "layout", "outside")
 """Rows of the ledger: `slack` is memory reserved for entries that are not there (room to grow, holes of a buffer,
@@ -49,6 +52,27 @@ def physical_bytes(tensors: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
                 known.add(storage.data_ptr())
                 rows[item] += storage.nbytes()
     return rows
+
+
+def logical_bytes(stores: Sequence[LayerStorage], entries: int) -> dict[str, int]:
+    """What an ideal packed store of `entries` would need, by item."""
+    keys, values = (buffer.entry_bytes for buffer in stores[0].buffers) if stores[0].buffers else (0, 0)
+    known = [store.entries for store in stores if store.entries is not None]
+    placed = [x for e in known for x in (e.positions, e.coordinates) if x is not None]
+    return {
+        "keys": entries * keys,
+        "values": entries * values,
+        "positions": sum(x.numel() * x.element_size() for x in placed),
+        "scores": 0 if stores[0].log_beta is None else entries * 4,
+    }
+
+
+def stock_tensors(layer: Any) -> list[Tensor]:
+    """Tensors of a layer that stays transformers' own: sliding windows, convolution and recurrent states."""
+    found: list[Any] = []
+    for value in vars(layer).values():
+        found.extend(value.values() if isinstance(value, dict) else [value])
+    return [x for x in found if isinstance(x, Tensor)]
 
 
 @dataclass

@@ -138,20 +138,24 @@ def test_a_chunk_end_with_nothing_over_budget_decides_nothing(name):
     assert torch.equal(*tables)
 
 
-@pytest.mark.parametrize("scope", ["uniform", "global"])
-def test_entries_never_exceed_budget_and_chunk(scope):
-    held = []
+@pytest.mark.parametrize(("scope", "layers_at_once"), [("uniform", 1), ("global", LAYERS)])
+def test_entries_never_exceed_budget_and_chunk(scope, layers_at_once):
+    """Where heads decide for themselves, only one layer at a time holds a chunk on top of the budget."""
+    held, scored = [], []
+
+    def score(kv):
+        held.append(cache.kept())
+        scored.append(int(kv.valid.sum(-1).max()))
+        return -kv.keys.norm(dim=-1)
+
     config = CacheConfig(Budget(6.0), allocator=scope, prefill_chunk=4)
-    with opened("knorm", config) as (cache, told):
-        last = model_of().get_decoder().layers[-1].self_attn
-        hook = last.register_forward_hook(lambda *_: held.append(cache.kept()))
-        told.feed(tokens(1, 24))
-        hook.remove()
+    with evicting(model_of(), policy_with(score), config) as cache:
+        Conversation(model_of(), cache).feed(tokens(1, 24))
         assert cache.kept().sum() == 6 * HEADS
-    assert len(held) == 6
-    assert max(int(kept.sum()) for kept in held) == (6 + 4) * HEADS
+    assert len(held) == 5 * LAYERS
+    assert max(int(kept.sum()) for kept in held) == 6 * HEADS + 4 * KV_HEADS * layers_at_once
     if scope == "uniform":
-        assert max(int(kept.max()) for kept in held) == 6 + 4
+        assert max(scored) == 6 + 4
 
 
 @pytest.mark.parametrize("name", ["knorm", "snapkv", "h2o"])
@@ -188,15 +192,17 @@ def test_chunks_by_image_bound_the_peak_by_one_image():
     for start in (3, 9, 15):
         ids[:, start : start + IMAGE_TOKENS] = IMAGE_TOKEN
     pixels = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+
+    def score(kv):
+        held.append((kv.layer, int(kv.valid.sum(-1).max())))
+        return -kv.keys.norm(dim=-1)
+
     config = CacheConfig(Budget(4.0), chunk_by_image=True)
-    with evicting(model, small("knorm"), config) as cache:
-        last = model.get_decoder().layers[-1].self_attn
-        hook = last.register_forward_hook(lambda *_: held.append(int(cache.kept().max())))
+    with evicting(model, policy_with(score), config) as cache:
         Conversation(model, cache).feed(ids, pixel_values=pixels)
-        hook.remove()
         visual = cache.evicting_layers[0].state().visual
         assert torch.equal(visual[0, 0], ids[0, cache.evicting_layers[0].state().positions[0, 0]] == IMAGE_TOKEN)
-    assert held == [7, 10, 10, 9]
+    assert [count for layer, count in held if layer == 2] == [7, 10, 10, 9]
 
 
 @pytest.mark.parametrize("every", [1, 3])
