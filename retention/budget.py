@@ -120,12 +120,16 @@ class AllocationInput:
     layer_weights: Float[Tensor, " weights"] | None = None
     window: Int[Tensor, " batch"] | None = None
     """Newest entries that stay in every head; null is none."""
+    head_floor: float = 0.2
+    """Part of the average that every head of a layer pool keeps."""
     pyramid_beta: float = 20.0
     """The budget above the window, divided by its share in the last layer."""
     available_visual: Counts | None = None
     """Those of `available` that are visual."""
-    visual_share: float | None = None
+    visual_share: Float[Tensor, "layers batch kv_heads"] | float | None = None
     """Visual part of each head's budget; null is in proportion to what is there."""
+    weights: Float[Tensor, "layers batch"] | None = None
+    """The policy's own weight of each layer; null where it has none."""
 
 
 @dataclass
@@ -136,6 +140,14 @@ class Pool:
 
 
 @dataclass
+class LayerPool:
+    """A total per layer and sequence, shared by the layer's heads as the scores decide, above a floor for each head."""
+
+    totals: Int[Tensor, "layers batch"]
+    floors: Counts
+
+
+@dataclass
 class Split:
     """Counts of each head for its visual and its text entries, which do not compete with each other."""
 
@@ -143,7 +155,7 @@ class Split:
     text: Counts
 
 
-Allocator = Callable[[Int[Tensor, " batch"], AllocationInput], "Counts | Pool | Split"]
+Allocator = Callable[[Int[Tensor, " batch"], AllocationInput], "Counts | Pool | LayerPool | Split"]
 
 
 def uniform(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
@@ -217,13 +229,39 @@ def layer_shares(budget: Int[Tensor, " batch"], given: AllocationInput) -> Count
     return _by_layer(weights, budget, given.available)
 
 
+def weighted(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
+    """By the weights that the policy reads off each layer, the same for its heads (TGV-KV, CAKE, MEDA, VL-Cache, ...).
+
+    Raises:
+        ValueError: when the policy weighs no layers.
+    """
+    if given.weights is None:
+        raise ValueError(
+            "allocator 'weighted' needs a policy that weighs layers, got one that does not; choose another"
+        )
+    return _by_layer(given.weights[..., None].expand(given.available.shape), budget, given.available)
+
+
+def head_adaptive(budget: Int[Tensor, " batch"], given: AllocationInput) -> LayerPool:
+    """The heads of a layer share its budget as the scores decide, each at least a part alpha of the average.
+
+    The safeguarded form of AdaKV (arXiv 2407.11550).
+    """
+    totals = torch.minimum(budget * given.available.shape[2], given.available.sum(2))
+    floors = (given.head_floor * budget.double()).floor().long()[None, :, None]
+    return LayerPool(totals, torch.minimum(floors, given.available))
+
+
 def modality(budget: Int[Tensor, " batch"], given: AllocationInput) -> Split:
     """Budgets of their own for visual and text entries inside each head, in the manner of MadaKV (arXiv 2506.15724).
+
+    Layers are equal unless the policy weighs them.
 
     Rounds to the nearest count, halves up; what one modality cannot fill goes to the other.
     """
     assert given.available_visual is not None, "the cache counts visual entries for this allocator"
-    totals, there = uniform(budget, given), given.available_visual
+    totals = uniform(budget, given) if given.weights is None else weighted(budget, given)
+    there = given.available_visual
     if given.visual_share is None:
         visual = (2 * totals * there + given.available) // (2 * given.available).clamp(min=1)
     else:
@@ -239,4 +277,8 @@ ALLOCATORS: dict[str, Allocator] = {
     "pyramid": pyramid,
     "layers": layer_shares,
     "modality": modality,
+    "weighted": weighted,
+    "head_adaptive": head_adaptive,
 }
+BY_CONTENT = ("modality", "weighted")
+"""Allocators that read what is cached, not only how much."""

@@ -10,15 +10,21 @@ from hypothesis import strategies as st
 from retention.budget import (
     ALLOCATORS,
     AllocationInput,
+    LayerPool,
     Pool,
     Split,
     global_pool,
+    head_adaptive,
     layer_shares,
     modality,
     pyramid,
     quota,
     uniform,
+    weighted,
 )
+
+
+WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0, 0.1])
 
 
 def available(values):
@@ -166,6 +172,8 @@ def caches(draw):
         pyramid_beta=draw(st.sampled_from([1.0, 2.0, 20.0])),
         available_visual=(torch.rand(sizes, generator=g) * (there + 1)).long(),
         visual_share=draw(st.sampled_from([None, 0.0, 0.3, 1.0])),
+        head_floor=draw(st.sampled_from([0.0, 0.2, 1.0])),
+        weights=WEIGHTS[:layers, None].expand(-1, batch),
     )
     return torch.randint(1, 30, (batch,), generator=g), given
 
@@ -181,12 +189,17 @@ def test_every_allocator_gives_out_exactly_the_budget_and_nothing_that_is_not_th
     if isinstance(found, Pool):
         assert torch.equal(found.totals, everything)
         return
+    if isinstance(found, LayerPool):
+        room = given.available.sum(2)
+        assert torch.equal(found.totals, torch.minimum(budget * kv_heads, room))
+        assert (found.floors.sum(2) <= found.totals).all()
+        return
     if isinstance(found, Split):
         visual, text = given.available_visual, given.available - given.available_visual
         assert ((found.visual >= 0) & (found.visual <= visual) & (found.text >= 0) & (found.text <= text)).all()
         found = found.visual + found.text
     assert ((found >= 0) & (found <= given.available)).all()
-    if name in ("uniform", "modality"):
+    if name == "uniform":
         everything = torch.minimum(budget[:, None], given.available).sum((0, 2))
     assert torch.equal(found.sum((0, 2)), everything)
 
@@ -208,7 +221,8 @@ def test_heads_that_can_hold_their_layers_budgets_do(name, drawn):
 @given(drawn=caches())
 def test_a_sequence_gets_the_same_alone_as_in_a_batch(name, drawn):
     budget, given = drawn
-    found = vars(ALLOCATORS[name](budget, given)) if name in ("global", "modality") else None
+    whole = ALLOCATORS[name](budget, given)
+    found = None if isinstance(whole, torch.Tensor) else vars(whole)
     for row in range(len(budget)):
         one = slice(row, row + 1)
         own = replace(
@@ -216,6 +230,7 @@ def test_a_sequence_gets_the_same_alone_as_in_a_batch(name, drawn):
             available=given.available[:, one],
             window=given.window[one],
             available_visual=given.available_visual[:, one],
+            weights=given.weights[:, one],
         )
         alone = ALLOCATORS[name](budget[one], own)
         if found is None:
@@ -226,6 +241,21 @@ def test_a_sequence_gets_the_same_alone_as_in_a_batch(name, drawn):
             )
 
 
+def test_weights_of_the_policy_split_the_budget_over_layers():
+    given = AllocationInput(torch.full((3, 2, 2), 99), weights=torch.tensor([[3.0, 1], [2.0, 1], [1.0, 1]]))
+    found = weighted(torch.tensor([8, 4]), given)
+    assert found[:, 0, 0].tolist() == [12, 8, 4]
+    assert found[:, 1, 1].tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="a policy that weighs layers"):
+        weighted(torch.tensor([8, 4]), replace(given, weights=None))
+
+
+def test_a_layers_pool_is_its_heads_budgets_above_a_floor():
+    found = head_adaptive(torch.tensor([10]), AllocationInput(torch.tensor([[[99, 1]], [[3, 4]]])))
+    assert found.totals.tolist() == [[20], [7]]
+    assert found.floors.tolist() == [[[2, 1]], [[2, 2]]]
+
+
 def test_allocators_are_named():
     expected = {
         "uniform": uniform,
@@ -234,5 +264,7 @@ def test_allocators_are_named():
         "pyramid": pyramid,
         "layers": layer_shares,
         "modality": modality,
+        "weighted": weighted,
+        "head_adaptive": head_adaptive,
     }
     assert expected == ALLOCATORS

@@ -22,6 +22,8 @@ class CacheConfig:
     """Smallest kept score, for selector=threshold."""
     quota: list[list[float]] | None = None
     """Shares per layer and head, for allocator=quota."""
+    head_floor: float = 0.2
+    """Part of the average that every head keeps, for allocator=head_adaptive."""
     pyramid_beta: float = 20.0
     """How much smaller the last layer's part of the budget is than the average, for allocator=pyramid."""
     layer_weights: list[float] | None = None

@@ -1,18 +1,22 @@
 """Who stays: a policy's scores, an allocator's counts and a selector, brought together for all layers at once."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from retention.budget import ALLOCATORS, AllocationInput, Pool, Split
+from retention.budget import ALLOCATORS, BY_CONTENT, AllocationInput, LayerPool, Pool, Split
 from retention.cache.config import CacheConfig
 from retention.ops import select
 from retention.policies import Policy
 from retention.types import KVState
+
+Counted = Tensor | Pool | LayerPool | Split
+"""Counts by layer, row and head, or what the selector divides further."""
 
 
 def decide(
@@ -33,46 +37,89 @@ def decide(
     """
     name = config.allocator or policy.allocator
     selector = _selector(policy, config, name)
+    if selector != "threshold" and not (available > budgets[None, :, None]).any():
+        return None
     given, entries = _given(policy, config, budgets, available), None
-    if name == "modality":
-        if not (available > budgets[None, :, None]).any():
-            return None
+    if name in BY_CONTENT:
         entries = _entries(states, policy)
         given.available = available if only is None else available[only : only + 1]
         given.available_visual = (entries.visual & entries.valid).sum(-1)
+        given.weights = entries.weights
+        given.visual_share = config.visual_share if entries.shares is None else entries.shares
     counts = ALLOCATORS[name](budgets, given)
     if selector != "threshold" and _fits(available, counts):
         return None
     entries = entries or _entries(states, policy)
-    if only is not None and isinstance(counts, Tensor):
-        counts = counts[only : only + 1]
+    if only is not None:
+        counts = _of_layer(counts, only)
     window = _window(policy, _of_head(counts, budgets))
     ranking = _ranking(entries, config, window, firm=selector == "threshold")
     if selector == "threshold":
         assert config.threshold is not None
         return select.keep_threshold(ranking, config.threshold)
-    if isinstance(counts, Pool):
-        return select.keep_global(ranking, counts.totals, min_per_head=config.min_per_head)
-    if isinstance(counts, Split):
-        return select.keep_by_modality(ranking, entries.visual, counts.visual, counts.text)
+    if entries.second is not None:
+        ranking = _second_stage(ranking, entries, policy.first_share, counts, config, selector)
+    return _choose(ranking, entries, counts, config, selector)
+
+
+def _choose(
+    ranking: select.Ranking, entries: "_Entries", counts: Counted, config: CacheConfig, selector: str
+) -> Bool[Tensor, "layers batch kv_heads keys"]:
+    """The selector that fits the counts."""
+    match counts:
+        case Pool(totals):
+            return select.keep_global(ranking, totals, min_per_head=config.min_per_head)
+        case LayerPool(totals, floors):
+            return select.keep_by_layer_pool(ranking, totals, floors)
+        case Split(visual, text):
+            return select.keep_by_modality(ranking, entries.visual, visual, text)
     return (select.keep_per_layer if selector == "layer" else select.keep_per_head)(ranking, counts)
+
+
+def _second_stage(
+    ranking: select.Ranking, entries: "_Entries", share: float, counts: Counted, config: CacheConfig, selector: str
+) -> select.Ranking:
+    """The ranking by the second score, with what the first one chose from its share of the budget ahead of the rest."""
+    assert entries.second is not None
+    part = _scaled(counts, share)
+    chosen = _choose(replace(ranking, protected=torch.zeros_like(ranking.protected)), entries, part, config, selector)
+    tiers = torch.zeros_like(ranking.positions) if ranking.tiers is None else ranking.tiers
+    return replace(ranking, scores=entries.second, tiers=2 * tiers + chosen)
+
+
+def _scaled(counts: Counted, share: float) -> Counted:
+    """A part of every count, rounded down."""
+    if isinstance(counts, Tensor):
+        return (share * counts.double()).floor().long()
+    parts = {field.name: _scaled(getattr(counts, field.name), share) for field in fields(counts)}
+    return type(counts)(**parts)  # type: ignore[arg-type]
+
+
+def _of_layer(counts: Counted, layer: int) -> Counted:
+    """The counts of one layer, where they are not of that layer alone already."""
+    if isinstance(counts, Tensor):
+        return counts[layer : layer + 1]
+    if isinstance(counts, LayerPool):
+        return LayerPool(counts.totals[layer : layer + 1], counts.floors[layer : layer + 1])
+    return counts
 
 
 def decides_by_layer(policy: Policy, config: CacheConfig) -> bool:
     """Whether what a layer keeps depends on no other layer's scores, so that it may be evicted before they ran."""
     allocator = config.allocator or policy.allocator
-    return _selector(policy, config, allocator) != "global"
+    weighs = allocator in BY_CONTENT and type(policy).layer_weight is not Policy.layer_weight
+    return not weighs and _selector(policy, config, allocator) != "global"
 
 
 def _selector(policy: Policy, config: CacheConfig, allocator: str) -> str:
     """The selector in force: an allocator that was overridden brings the selector it needs."""
-    needed = {"global": "global", "modality": "head"}.get(allocator)
+    needed = {"global": "global", "modality": "head", "head_adaptive": "head"}.get(allocator)
     default = needed or ("head" if policy.selector == "global" else policy.selector)
     chosen = config.selector or default
-    if allocator == "modality" and chosen != "head":
+    if allocator in ("modality", "head_adaptive") and chosen != "head":
         raise ValueError(
-            f"selector {chosen!r} and allocator 'modality' do not fit: visual and text entries are counted inside "
-            "each head; use selector 'head', or another allocator"
+            f"selector {chosen!r} and allocator {allocator!r} do not fit: it counts entries inside each layer or "
+            "head by itself; use selector 'head', or another allocator"
         )
     if chosen != "threshold" and (chosen == "global") != (allocator == "global"):
         raise ValueError(
@@ -96,20 +143,25 @@ def _given(
         layer_weights=None if config.layer_weights is None else torch.tensor(config.layer_weights, device=device),
         window=_window(policy, budgets).clamp(min=config.recent_size),
         pyramid_beta=config.pyramid_beta,
-        visual_share=config.visual_share,
+        head_floor=config.head_floor,
     )
 
 
-def _fits(available: Int[Tensor, "layers batch kv_heads"], counts: Tensor | Pool | Split) -> bool:
+def _fits(available: Int[Tensor, "layers batch kv_heads"], counts: Counted) -> bool:
     """Whether nothing has to leave."""
-    if isinstance(counts, Pool):
-        return not (available.sum((0, 2)) > counts.totals).any()
-    return not (available > (counts.visual + counts.text if isinstance(counts, Split) else counts)).any()
+    match counts:
+        case Pool(totals):
+            return not (available.sum((0, 2)) > totals).any()
+        case LayerPool(totals, _):
+            return not (available.sum(2) > totals).any()
+        case Split(visual, text):
+            return not (available > visual + text).any()
+    return not (available > counts).any()
 
 
-def _of_head(counts: Tensor | Pool | Split, budgets: Int[Tensor, " batch"]) -> Int[Tensor, "layers batch kv_heads"]:
+def _of_head(counts: Counted, budgets: Int[Tensor, " batch"]) -> Int[Tensor, "layers batch kv_heads"]:
     """Entries that each head may count on; in a pool the average."""
-    if isinstance(counts, Pool):
+    if isinstance(counts, Pool | LayerPool):
         return budgets[None, :, None]
     return counts.visual + counts.text if isinstance(counts, Split) else counts
 
@@ -132,23 +184,39 @@ class _Entries:
     protected: Bool[Tensor, "layers batch kv_heads keys"]
     tiers: Int[Tensor, "layers batch kv_heads keys"] | None
     seen: Int[Tensor, " batch"]
+    second: Float[Tensor, "layers batch kv_heads keys"] | None = None
+    weights: Float[Tensor, "layers batch"] | None = None
+    shares: Float[Tensor, "layers batch kv_heads"] | None = None
 
 
 def _entries(states: Iterable[KVState], policy: Policy) -> _Entries:
     """Score layer by layer and stack."""
-    rows = [
-        (policy.score(s).float(), s.positions, s.valid, s.visual, s.protected, policy.tiers(s), s.seen) for s in states
-    ]
+    rows = [_scored(state, policy) for state in states]
     longest = max(row[0].shape[-1] for row in rows)
 
-    def stack(parts: Iterable[Tensor]) -> Tensor:
-        missing = ((x, longest - x.shape[-1]) for x in parts)
-        return torch.stack([F.pad(x, (0, short)) if short else x for x, short in missing])
+    def stack(parts: Iterable[Tensor | None]) -> Tensor | None:
+        found = [x for x in parts if x is not None]
+        missing = ((x, longest - x.shape[-1]) for x in found)
+        return torch.stack([F.pad(x, (0, short)) if short else x for x, short in missing]) if found else None
 
-    *parts, tiers, seen = zip(*rows, strict=True)
-    scores, positions, valid, visual, protected = (stack(part) for part in parts)
-    levels = None if tiers[0] is None else stack(t for t in tiers if t is not None)
-    return _Entries(scores, positions, valid, visual, protected, levels, seen[0])
+    *parts, weights, shares, seen = zip(*rows, strict=True)
+    scores, positions, valid, visual, protected, tiers, second = (stack(part) for part in parts)
+    assert scores is not None
+    assert positions is not None
+    assert valid is not None
+    assert visual is not None
+    assert protected is not None
+    weight, share = (torch.stack(x) if x[0] is not None else None for x in (weights, shares))
+    return _Entries(scores, positions, valid, visual, protected, tiers, seen[0], second, weight, share)
+
+
+def _scored(state: KVState, policy: Policy) -> tuple[Any, ...]:
+    """What one layer brings to the decision."""
+    score = policy.score(state).float()
+    second = policy.second_score(state, score)
+    marks = (state.positions, state.valid, state.visual, state.protected)
+    extras = (policy.tiers(state), None if second is None else second.float())
+    return (score, *marks, *extras, policy.layer_weight(state), policy.visual_share(state), state.seen)
 
 
 def _ranking(

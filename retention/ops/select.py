@@ -14,6 +14,7 @@ from torch import Tensor
 
 _HEADS = "(layers batch kv_heads) keys"
 _POOL = "batch (layers kv_heads keys)"
+_LAYERS = "(layers batch) (kv_heads keys)"
 _MANY = 256
 """Different ranks above which one sort of all rows is cheaper than a selection for each rank; on CUDA it always is."""
 
@@ -106,8 +107,8 @@ def _check(needed: Int[Tensor, "*rows"], counts: Int[Tensor, "*rows"]) -> None:
     if short.any():
         raise ValueError(
             f"protected tokens alone exceed the budget: {int(needed[short][0])} protected, budget for "
-            f"{int(counts[short][0])}; raise the budget or lower sink_size, recent_size, min_per_head or the policy's "
-            "own window, switch protect_text off, or protect fewer tokens in your mask"
+            f"{int(counts[short][0])}; raise the budget, or lower sink_size, recent_size or min_per_head, "
+            "switch protect_text off, or protect fewer tokens in your mask"
         )
 
 
@@ -170,10 +171,26 @@ def keep_global(
     """
     if min_per_head:
         floor = torch.full(ranking.valid.shape[:3], min_per_head, device=ranking.valid.device)
-        held = _best(ranking, floor, _HEADS) | ranking.protected
-        ranking = Ranking(ranking.scores, ranking.positions, ranking.valid, held, ranking.tiers)
+        ranking = _with_floors(ranking, floor)
     _check(ranking.protected.sum((0, 2, 3)), torch.minimum(totals, ranking.valid.sum((0, 2, 3))))
     return _best(ranking, totals, _POOL)
+
+
+def _with_floors(ranking: Ranking, floors: Int[Tensor, "layers batch kv_heads"]) -> Ranking:
+    """The same, with each head's best entries protected."""
+    return replace(ranking, protected=_best(ranking, floors, _HEADS) | ranking.protected)
+
+
+def keep_by_layer_pool(
+    ranking: Ranking, totals: Int[Tensor, "layers batch"], floors: Int[Tensor, "layers batch kv_heads"]
+) -> Bool[Tensor, "layers batch kv_heads keys"]:
+    """The heads of a layer compete for its total; each head's `floors` best entries are protected first.
+
+    Raises:
+        ValueError: when protected entries alone exceed a total.
+    """
+    _check(ranking.protected.sum((2, 3)), torch.minimum(totals, ranking.valid.sum((2, 3))))
+    return _best(_with_floors(ranking, floors), totals, _LAYERS)
 
 
 def keep_threshold(ranking: Ranking, threshold: float) -> Bool[Tensor, "layers batch kv_heads keys"]:

@@ -24,6 +24,8 @@ class Policy(ABC):
     needs_gates: ClassVar[bool] = False
     evicts_while_decoding: ClassVar[bool] = True
     evicts: ClassVar[bool] = True
+    first_share: ClassVar[float] = 1.0
+    """Share of the budget that `score` chooses; the rest goes by `second_score`."""
 
     @abstractmethod
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
@@ -31,6 +33,20 @@ class Policy(ABC):
 
     def tiers(self, kv: KVState) -> Int[Tensor, "batch kv_heads keys"] | None:
         """Lexicographic rank before the score; never a large additive constant."""
+        return None
+
+    def layer_weight(self, kv: KVState) -> Float[Tensor, " batch"] | None:
+        """The layer's weight in the split of the budget over layers, for the allocators `weighted` and `modality`."""
+        return None
+
+    def visual_share(self, kv: KVState) -> Float[Tensor, "batch kv_heads"] | None:
+        """Visual part of each head's budget, in [0, 1], for the allocator `modality`."""
+        return None
+
+    def second_score(
+        self, kv: KVState, score: Float[Tensor, "batch kv_heads keys"]
+    ) -> Float[Tensor, "batch kv_heads keys"] | None:
+        """Another score for the rest of the budget once `score` has chosen its `first_share` of it."""
         return None
 
     @property

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
+from retention.ops.scores import pool_along_entries
 from retention.policies.base import Policy
 from retention.policies.collect import WINDOW
 from retention.types import KVState
@@ -38,12 +37,8 @@ class SnapKV(Policy):
         """Pooled mean of the observed rows; neighbours are neighbouring entries, padding and holes left out."""
         if "window_rows" not in kv.statistics:
             raise ValueError("SnapKV decides right after a prompt, and none ran since the last eviction")
-        order = (~kv.valid).long().argsort(dim=-1, stable=True)
-        mean = kv.statistics["window_rows"][:, :, -self.window_size :].mean(2) * kv.valid
-        near = [x.float().gather(-1, order) for x in (mean, kv.valid)]
-        total, count = (F.avg_pool1d(x, self.kernel_size, stride=1, padding=self.kernel_size // 2) for x in near)
-        pooled = total / count.clamp(min=1 / self.kernel_size)
-        return torch.zeros_like(pooled).scatter(-1, order, pooled)
+        mean = kv.statistics["window_rows"][:, :, -self.window_size :].mean(2)
+        return pool_along_entries(mean, kv.valid, self.kernel_size)
 
     @property
     def observed_rows(self) -> int:

@@ -212,7 +212,7 @@ def test_more_protected_than_budget_is_refused_with_both_numbers(choose):
     ranked = ranking([[[1, 2, 3, 4]]], protected=[[[1, 1, 0, 1]]])
     with pytest.raises(ValueError, match=r"3 protected, budget for 1; raise the budget") as caught:
         choose(ranked)
-    for way in ("sink_size", "recent_size", "min_per_head", "window", "protect_text", "mask"):
+    for way in ("sink_size", "recent_size", "min_per_head", "protect_text", "mask"):
         assert way in str(caught.value)
 
 
