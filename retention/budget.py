@@ -91,8 +91,8 @@ def water_fill(
     caps, parts = caps.long(), caps.shape[-1]
     total = torch.minimum(torch.as_tensor(total, device=caps.device), caps.sum(-1))
     least = (total // max(parts, 1)).clamp(max=floor)
-    share = torch.minimum(least[..., None], caps).double()
     weights = weights.double().clamp(min=0)
+    share = _clipped(weights, total, torch.minimum(least[..., None], caps).double(), caps.double())
     for _ in range(parts):
         open_parts = share < caps
         left = total - share.sum(-1)
@@ -106,6 +106,24 @@ def water_fill(
     order = ((share - counts) * 1e6).round().argsort(dim=-1, descending=True, stable=True)
     extra = torch.arange(parts, device=caps.device) < (total - counts.sum(-1))[..., None]
     return counts + torch.zeros_like(counts).scatter(-1, order, extra.long())
+
+
+def _clipped(
+    weights: Float[Tensor, "*rows parts"],
+    total: Int[Tensor, "*rows"],
+    floors: Float[Tensor, "*rows parts"],
+    caps: Float[Tensor, "*rows parts"],
+) -> Float[Tensor, "*rows parts"]:
+    """The floors, raised to the same multiple of every weight, within the caps, as far as the total reaches."""
+    if not floors.any():
+        return floors
+    most = torch.where(weights > 0, caps / weights.clamp(min=1e-300), 0.0).amax(-1, keepdim=True)
+    low, high = torch.zeros_like(most), most.clamp(max=1e300)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = (middle * weights).clamp(min=floors, max=caps).sum(-1, keepdim=True) <= total[..., None]
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return (low * weights).clamp(min=floors, max=caps)
 
 
 Counts = Int[Tensor, "layers batch kv_heads"]
@@ -130,6 +148,10 @@ class AllocationInput:
     """Visual part of each head's budget; null is in proportion to what is there."""
     weights: Float[Tensor, "layers batch"] | None = None
     """The policy's own weight of each layer; null where it has none."""
+    least: int = 0
+    """Entries of every head, whatever its layer weighs."""
+    redistributes: bool = True
+    """Whether what a full layer cannot take goes to the others; otherwise it is lost."""
 
 
 @dataclass
@@ -190,12 +212,20 @@ def quota(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
     return counts.to(given.available.device)
 
 
-def _by_layer(weights: Float[Tensor, "layers batch kv_heads"], budget: Int[Tensor, " batch"], caps: Counts) -> Counts:
+def _by_layer(
+    weights: Float[Tensor, "layers batch kv_heads"],
+    budget: Int[Tensor, " batch"],
+    caps: Counts,
+    least: int = 0,
+    *,
+    redistributes: bool = True,
+) -> Counts:
     """Equal heads, then each head's total over its layers by `weights`; what is full hands on its surplus."""
     parts, room = (rearrange(x.cpu(), "layers batch kv_heads -> batch kv_heads layers") for x in (weights, caps))
     heads = room.sum(-1)
     totals = water_fill(torch.ones(heads.shape), budget.cpu() * parts[0].numel(), heads)
-    counts = water_fill(parts, totals, room)
+    counts = water_fill(parts, totals, room if redistributes else totals[..., None].expand_as(room), least)
+    counts = torch.minimum(counts, room)
     return rearrange(counts, "batch kv_heads layers -> layers batch kv_heads").to(caps.device)
 
 
@@ -239,7 +269,8 @@ def weighted(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
         raise ValueError(
             "allocator 'weighted' needs a policy that weighs layers, got one that does not; choose another"
         )
-    return _by_layer(given.weights[..., None].expand(given.available.shape), budget, given.available)
+    weights = given.weights[..., None].expand(given.available.shape)
+    return _by_layer(weights, budget, given.available, given.least, redistributes=given.redistributes)
 
 
 def head_adaptive(budget: Int[Tensor, " batch"], given: AllocationInput) -> LayerPool:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from retention.cache.config import CacheConfig
 from retention.evaluation.config import EvalConfig
 from retention.gates import GATES
+from retention.memory import MEMORIES
 from retention.models.load import ModelConfig
 from retention.objectives import OBJECTIVES
 from retention.policies import POLICIES
@@ -27,6 +28,7 @@ _GROUPS: dict[str, Mapping[str, Any]] = {
     "gate": GATES,
     "task": TASKS,
     "objective": OBJECTIVES,
+    "memory": MEMORIES,
     "model": {"model": ModelConfig},
     "data": {"data": DataConfig},
     "trainer": {"trainer": TrainerConfig},
@@ -43,7 +45,7 @@ def register() -> None:
     """Make the schemas known to Hydra, and tables of all policies and all tasks for `eval.yaml`."""
     store = ConfigStore.instance()
     train = OmegaConf.structured(TrainConfig)
-    for part in ("gate", "objective", "task"):
+    for part in ("gate", "objective", "task", "memory"):
         train[part] = MISSING
     store.store(name="train_schema", node=train)
     store.store(name="eval_schema", node=EvalConfig)

@@ -45,6 +45,17 @@ def _token_sums(own: Tensor, other: Tensor, target: Tensor, head: Head) -> tuple
     return kl, F.nll_loss(log_student, target, reduction="sum")
 
 
+def hidden_distance(
+    student: Float[Tensor, "batch tokens hidden"],
+    teacher: Float[Tensor, "batch tokens hidden"],
+    labels: Int[Tensor, "batch tokens"],
+) -> Pair:
+    """Squared distance of final hidden states, meaned over features, at the positions whose next label is scored."""
+    scored = labels[:, 1:] != IGNORE
+    apart = student[:, :-1][scored].float() - teacher[:, :-1][scored].detach().float()
+    return torch.square(apart).mean(-1).sum(), scored.sum().float()
+
+
 def capacity_loss(
     sizes: Float[Tensor, "layers batch kv_heads queries"],
     queries: Int[Tensor, "batch queries"],

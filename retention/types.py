@@ -55,6 +55,8 @@ class KVState:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Filled by the policy's collector, [batch, kv_heads, ..., keys]."""
     layer: int = 0
+    evidence: Bool[Tensor, "batch kv_heads keys"] | None = None
+    """Entries that answer the questions, where they were named."""
 
     @cached_property
     def _loaded(self) -> tuple[Tensor, Tensor]:

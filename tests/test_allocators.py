@@ -23,7 +23,6 @@ from retention.budget import (
     weighted,
 )
 
-
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0, 0.1])
 
 
@@ -248,6 +247,18 @@ def test_weights_of_the_policy_split_the_budget_over_layers():
     assert found[:, 1, 1].tolist() == [4, 4, 4]
     with pytest.raises(ValueError, match="a policy that weighs layers"):
         weighted(torch.tensor([8, 4]), replace(given, weights=None))
+
+
+def test_a_floor_for_layers_that_weigh_little():
+    given = AllocationInput(torch.full((3, 1, 2), 99), weights=torch.tensor([[5.0], [1.0], [0.0]]), least=3)
+    assert weighted(torch.tensor([8]), given)[:, 0, 0].tolist() == [18, 3, 3]
+    assert weighted(torch.tensor([2]), given)[:, 0, 0].tolist() == [2, 2, 2], "no more than equal parts"
+
+
+def test_what_a_full_layer_cannot_take_goes_to_the_others_or_is_lost():
+    given = AllocationInput(torch.full((3, 1, 2), 9), weights=torch.tensor([[4.0], [1.0], [1.0]]))
+    assert weighted(torch.tensor([6]), given)[:, 0, 1].tolist() == [9, 5, 4]
+    assert weighted(torch.tensor([6]), replace(given, redistributes=False))[:, 0, 1].tolist() == [9, 3, 3]
 
 
 def test_a_layers_pool_is_its_heads_budgets_above_a_floor():

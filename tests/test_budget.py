@@ -140,6 +140,12 @@ def test_water_fill_gives_every_part_its_floor_unless_its_cap_is_lower():
     assert fill([1, 0, 0], 10, [99, 99, 1], floor=2) == [7, 2, 1]
 
 
+def test_water_fill_is_proportional_where_no_floor_binds():
+    assert fill([3, 2, 1], 24, [99, 99, 99], floor=4) == [12, 8, 4]
+    assert fill([3, 2, 1], 24, [99, 99, 99], floor=5) == [11, 8, 5]
+    assert fill([6, 2, 1], 24, [10, 99, 99], floor=4) == [10, 9, 5]
+
+
 def test_water_fill_whose_floors_exceed_the_total_gives_no_more_than_the_total():
     assert sum(fill([1, 1, 1], 2, [9, 9, 9], floor=1)) == 2
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 ROOTS = {"train": TrainConfig, "eval": EvalConfig}
 TABLES = ("policy", "task")
 CHOICES = {
-    "train": ("model", "gate", "objective", "task", "data", "trainer"),
+    "train": ("model", "gate", "objective", "task", "data", "trainer", "memory"),
     "eval": ("model", "cache"),
 }
 SOME_MODEL = "model.name=someone/some-model"
@@ -123,7 +123,7 @@ def test_wrong_keys_and_types_are_named(root: str, overrides: list[str]) -> None
     [
         ("eval", "policy.snapkv.window_size=500", ("snapkv.window_size", "64", "500")),
         ("eval", "policy.h2o.normalise=twice", ("h2o.normalise", "visible", "raw", "twice")),
-        ("eval", "policies=[tova]", ("policies", "snapkv", "quota+", "tova")),
+        ("eval", "policies=[no_such]", ("policies", "snapkv", "quota+", "no_such")),
         ("eval", "tasks=[haystack]", ("tasks", "needles", "haystack")),
         ("eval", "budgets=['150%']", ("fraction", "1.5")),
         ("eval", "budgets=[plenty]", ("budget", "plenty", "128", "10%", "64MiB")),

@@ -201,7 +201,7 @@ def test_a_linear_gate_has_no_hidden_layer():
         (lambda: DBTrim(scoring="columns"), "scoring rows or scalar, got 'columns'"),
         (lambda: DBTrim(gate_hidden=0), "gate_hidden above 0 for dbtrim, got 0; .*gate=trim"),
         (lambda: DBTrim(scoring="scalar", gate_hidden=9).build(shape_of()), "multiple of 2, got 9"),
-        (lambda: gate_from_dict({"name": "lstm"}), r"gate among \['dbtrim', 'trim'\], got 'lstm'"),
+        (lambda: gate_from_dict({"name": "lstm"}), r"gate among \[.*'dbtrim', .*'trim'\], got 'lstm'"),
         (lambda: gate_from_dict({}), "gate among .*, got None"),
         (lambda: gate_from_dict({"name": "trim", "depth": 3}), "fields this version does not know.*depth"),
     ],

@@ -48,6 +48,8 @@ def run_chunks(
             valid[:, start:end],
             visual[:, start:end],
             prompt=tokens > 1,
+            starts=start == 0,
+            ends=end == tokens,
             padded=padded,
             coordinates=axes,
             upcoming=rest,
@@ -63,8 +65,11 @@ def run_chunks(
 
 
 def coordinates(position_ids: Tensor | None) -> Int[Tensor, "3 batch tokens"] | None:
-    """Time, height and width of each token, where the model has them; a row of text positions before them is dropped."""
-    return None if position_ids is None or position_ids.dim() != 3 else position_ids[-3:]
+    """Time, height and width of each token, where the model has them; a row of text positions before them is dropped.
+
+    `generate()` hands over one row for all three when it continues a conversation.
+    """
+    return None if position_ids is None or position_ids.dim() != 3 else position_ids[-3:].expand(3, -1, -1)
 
 
 def _cut(kwargs: dict[str, Any], start: int, end: int, tokens: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retention.cache.layer import EvictingLayer
+from retention.cache.recall import attention_with_lse
 from retention.ops import ragged_triton
 from retention.ops.ragged import ragged_attention
 
@@ -19,6 +20,8 @@ def decode_attention(
 
     The query group of a KV head goes through one product, so keys and values are read once, not once per head.
     """
+    if layer.recalled:
+        return recalled_attention(layer, query, scaling)
     store = layer.store
     keys, values = (buffer.view() for buffer in store.buffers)
     visible = layer.buffer_visible()
@@ -28,6 +31,17 @@ def decode_attention(
     mask = None if visible is None else visible[:, :, None]
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     return out.reshape(*query.shape[:3], -1)
+
+
+def recalled_attention(
+    layer: EvictingLayer, query: Float[Tensor, "batch heads queries head_dim"], scaling: float
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Attention over what the layer holds, corrected by its memory of what left."""
+    memory = layer.memory
+    assert memory is not None
+    keys, values = layer.read()
+    out, lse = attention_with_lse(query, keys, values, layer.visible(query.shape[2]), scaling)
+    return memory.read(layer.recalled, query, out, lse, scaling)
 
 
 def _ragged(

@@ -22,22 +22,27 @@ def own_rope_deltas(model: "PreTrainedModel") -> Iterator[None]:
 
     def bring(kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, EvictingCache) and cache.columns:
+        if isinstance(cache, EvictingCache):
             inner.rope_deltas = cache.rope_deltas
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bring(kwargs)
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def take(kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, EvictingCache):
             cache.rope_deltas = inner.rope_deltas
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        take(kwargs)
 
     prepare: Any = model._prepare_position_ids_for_generation
 
     def prepare_own(inputs: Any, kwargs: dict[str, Any]) -> Any:
         bring(kwargs)
-        return prepare(inputs, kwargs)
+        positions = prepare(inputs, kwargs)
+        take(kwargs)
+        return positions
 
     held = inner.rope_deltas
     with ExitStack() as stack:

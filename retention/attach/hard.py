@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from retention.attach.chunks import chunk_ends, run_chunks
-from retention.attach.decode import decode_attention
+from retention.attach.decode import decode_attention, recalled_attention
 from retention.attach.deltas import own_rope_deltas
 from retention.attach.facts import TokenFacts, attached, register_attention, valid_tokens
 from retention.cache.config import CacheConfig
@@ -16,10 +17,12 @@ from retention.cache.evicting import EvictingCache
 from retention.cache.layer import EvictingLayer
 from retention.cache.rotation import Rotation
 from retention.gates import RetentionGates
+from retention.memory import RetentionMemory
 from retention.models import family_of
 from retention.models.family import decoder_of, fingerprint, model_shape, rope_of
+from retention.ops.rope import angles
 from retention.policies import Policy
-from retention.policies.collect import COLLECTORS, Observation
+from retention.policies.collect import COLLECTORS, Observation, Rotary, rows_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,17 +49,40 @@ def evicting_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     observed = layer.owner.observing() and any(COLLECTORS[name] for name in layer.owner.collectors)
+    layer.scaling = scale
     if queries > 1 or observed:
         key, value = layer.read()
     if observed:
-        layer.observe(Observation(query, key, layer.visible(queries), scale, layer.owner.window))
+        layer.observe(_observation(module, layer, query, key, value, scale))
     if queries == 1:
         return decode_attention(layer, query, scale).transpose(1, 2), None
+    if layer.recalled:
+        return recalled_attention(layer, query, scale).transpose(1, 2), None
     if layer.store.counts is not None:
         attention_mask = layer.attention_mask(queries, query.shape[1] // key.shape[1])
     out = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     layer.owner.after_attention(layer)
     return out
+
+
+def _observation(
+    module: Any, layer: EvictingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> Observation:
+    """What collectors may look at in this call."""
+    rows = rows_read(layer.owner.collectors, query.shape[2], layer.owner.window)
+    call = Observation(query[:, :, -rows:], key, layer.visible(rows), scaling, layer.owner.window)
+    output = getattr(getattr(module, "o_proj", None), "weight", None)
+    return replace(call, values=value, output=output, rotary=_rotary(layer.owner, query.shape[2]))
+
+
+def _rotary(cache: EvictingCache, queries: int) -> Rotary | None:
+    """How the newest tokens were rotated, where a collector asks for it."""
+    if cache.rope is None or "query_moments" not in cache.collectors:
+        return None
+    positions, frequencies = cache.tokens.positions()[:, -queries:], cache.rope.frequencies()
+    places = positions[None] if cache.coordinates is None else cache.coordinates
+    upcoming = places.amax((0, 2)) + 1
+    return Rotary(angles(places, frequencies, cache.rope.axis), frequencies, positions, upcoming)
 
 
 def new_cache(
@@ -66,15 +92,22 @@ def new_cache(
     *,
     extra_collectors: Iterable[str] = (),
     packed: bool = False,
+    memory: RetentionMemory | None = None,
 ) -> EvictingCache:
     """An empty evicting cache for a model; layers that cannot be evicted keep transformers' own."""
     from transformers import DynamicCache
 
     shape = model_shape(model)
+    if not shape.layers:
+        raise ValueError(
+            "expected a model with full-attention layers, got one whose layers are all sliding or linear; their memory "
+            "does not grow with the context, so use the model's own cache"
+        )
     stock = DynamicCache(config=model.config.get_text_config()).layers
     layers: list[Any] = [None if i in shape.layers else layer for i, layer in enumerate(stock)]
     needs_rope = packed or config.positions == "packed"
     rotation = Rotation(rope_of(model, family_of(model))) if needs_rope else None
+    reads_queries = "query_moments" in (*policy.collectors, *extra_collectors)
     return EvictingCache(
         shape,
         layers,
@@ -82,6 +115,8 @@ def new_cache(
         config,
         extra_collectors=extra_collectors,
         rotation=rotation,
+        rope=rope_of(model, family_of(model)) if reads_queries else None,
+        memory=memory,
         base=fingerprint(model) | {"dtype": str(model.dtype)},
         device=model.device,
     )
@@ -96,11 +131,13 @@ def evicting(
     gates: RetentionGates | None = None,
     extra_collectors: Iterable[str] = (),
     packed: bool = False,
+    memory: RetentionMemory | None = None,
 ) -> Iterator[EvictingCache]:
     """Inside the block, forwards and `generate()` with the yielded cache (or its forks) evict as configured.
 
     `extra_collectors` and `packed=True` prepare a cache whose forks may use other policies or packed
-    positions. On exit the model is exactly as before; the cache stays readable.
+    positions. `memory` takes what is evicted where `CacheConfig.on_evict` is memory; by default the gates' own. On exit
+    the model is exactly as before; the cache stays readable.
 
     Raises:
         ValueError: when the policy needs gates and none are given, the gates do not fit, or the model is attached already.
@@ -115,7 +152,12 @@ def evicting(
         raise ValueError("collecting 'gate' needs trained gates and none were given; pass gates=RetentionGates...")
     if gates is not None:
         gates.check(model)
-    cache = new_cache(model, policy, config, extra_collectors=extra, packed=packed)
+        if policy.gates_of is not None and gates.training_record:  # fresh gates have learned nothing yet
+            gates.check_objective(policy.gates_of, type(policy).__name__)
+    memory = memory or (None if gates is None else gates.memory)
+    if memory is not None and "window_rows" not in extra:
+        extra = (*extra, "window_rows")
+    cache = new_cache(model, policy, config, extra_collectors=extra, packed=packed, memory=memory)
     register_attention(NAME, evicting_attention)
     with ExitStack() as stack:
         stack.enter_context(attached(model, NAME))
@@ -162,6 +204,7 @@ def _decoder_forward(model: "PreTrainedModel") -> Iterator[None]:
         mask = kwargs.get("attention_mask")
         valid = valid_tokens(mask, batch, tokens, inputs.device)
         visual = facts.take(batch, tokens, inputs.device)
+        cache.tokens.check_rows(batch)
         cache.expected = cache.seen() + valid.sum(1) if cache.columns else valid.sum(1)
         ends = chunk_ends(cache.config, visual, tokens)
         return run_chunks(original, args, kwargs, cache, ends, valid, visual)

@@ -1,6 +1,6 @@
-"""Training glue: gates on a frozen model's attention, as additive decay, with gradients to the gates only."""
+"""Training glue: gates act on a frozen model's attention, by decay or another way, and alone receive gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from retention.attach.facts import TokenFacts, attached, register_attention, tok
 from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.models.family import decoder_of
-from retention.ops.attention import augmented_gated_attention
+from retention.objectives.base import Attended, GatedCall, decayed
+from retention.ops.decay import log_beta_from_score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,17 +23,27 @@ NAME = "retention_soft"
 
 @dataclass
 class GateRecord:
-    """What the last gated forward produced: one `log_beta` per layer, and where its tokens are."""
+    """What the last gated forward produced: one score and one `log_beta` per layer, and where its tokens are."""
 
+    attend: Callable[[GatedCall], Attended] = decayed
+    score: dict[int, Float[Tensor, "batch kv_heads tokens"]] = field(default_factory=dict)
     log_beta: dict[int, Float[Tensor, "batch kv_heads tokens"]] = field(default_factory=dict)
     positions: Int[Tensor, "batch tokens"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
     visual: Bool[Tensor, "batch tokens"] | None = None
     padded: bool = False
+    noted: dict[int, Tensor] = field(default_factory=dict)
+    """What `attend` noted, by layer."""
 
-    def stacked(self) -> list[Float[Tensor, "batch kv_heads tokens"]]:
-        """`log_beta` of all layers, in order."""
-        return [self.log_beta[layer] for layer in sorted(self.log_beta)]
+    def clear(self) -> None:
+        """Forget the forward before."""
+        for kept in (self.score, self.log_beta, self.noted):
+            kept.clear()
+
+    def stacked(self, what: str = "log_beta") -> list[Tensor]:
+        """`log_beta`, `score` or `noted` of all layers, in order."""
+        kept = getattr(self, what)
+        return [kept[layer] for layer in sorted(kept)]
 
 
 def gated_attention(
@@ -43,33 +54,57 @@ def gated_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    retention_gate: tuple[Tensor, GateRecord] | None = None,
+    retention_gate: tuple[int, Tensor, GateRecord] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' interface; layers without a gate run plain SDPA."""
-    if retention_gate is None:
+    out = None if retention_gate is None else _attended(module, query, key, value, scaling, *retention_gate)
+    if out is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    log_beta, record = retention_gate
-    assert record.positions is not None
-    if query.shape[2] != key.shape[2]:
-        raise ValueError("gated training attention runs without a cache; pass use_cache=False")
-    out = augmented_gated_attention(
-        query,
-        key,
-        value,
-        log_beta,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        positions=record.positions,
-        valid=record.valid if record.padded else None,
-    )
     return out.transpose(1, 2).contiguous(), None
 
 
+def _attended(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    number: int,
+    hidden: Tensor,
+    record: GateRecord,
+) -> Tensor | None:
+    """A gated layer's output by the record's `attend`; None leaves the model's own."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("gated training attention runs without a cache; pass use_cache=False")
+    assert record.positions is not None
+    assert record.valid is not None
+    call = GatedCall(
+        query,
+        key,
+        value,
+        hidden,
+        getattr(getattr(module, "o_proj", None), "weight", None),
+        record.score[number],
+        record.log_beta[number],
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        record.positions,
+        record.valid,
+        record.padded,
+    )
+    out, noted = record.attend(call)
+    if noted is not None:
+        record.noted[number] = noted
+    return out
+
+
 @contextmanager
-def attach_gates(model: "PreTrainedModel", gates: RetentionGates) -> Iterator[GateRecord]:
-    """Run forwards of `model` with retention-gated attention; on exit the model is exactly as before.
+def attach_gates(
+    model: "PreTrainedModel", gates: RetentionGates, attend: Callable[[GatedCall], Attended] = decayed
+) -> Iterator[GateRecord]:
+    """Run forwards of `model` with gated attention, by decay unless told otherwise; on exit the model is as before.
 
     Gradients reach the gates only. Use without a cache (`use_cache=False`), one document per row.
 
@@ -77,14 +112,14 @@ def attach_gates(model: "PreTrainedModel", gates: RetentionGates) -> Iterator[Ga
         ValueError: when the gates do not fit the model, or it is attached already.
     """
     gates.check(model)
-    decoder, record = decoder_of(model), GateRecord()
+    decoder, record = decoder_of(model), GateRecord(attend)
     facts = TokenFacts(family_of(model), model.config)
 
     def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         batch, tokens = inputs.shape[:2]
         mask = kwargs.get("attention_mask")
-        record.log_beta.clear()
+        record.clear()
         record.valid = valid_tokens(mask, batch, tokens, inputs.device)
         record.padded = mask is not None and not bool(record.valid.all())
         record.positions = token_positions(record.valid)
@@ -94,9 +129,9 @@ def attach_gates(model: "PreTrainedModel", gates: RetentionGates) -> Iterator[Ga
         module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         number = gates.shape.layers.index(module.layer_idx)
-        log_beta = gates(number, kwargs["hidden_states"])
-        record.log_beta[number] = log_beta
-        return args, {**kwargs, "retention_gate": (log_beta, record)}
+        score = gates.score(number, kwargs["hidden_states"])
+        record.score[number], record.log_beta[number] = score, log_beta_from_score(score)
+        return args, {**kwargs, "retention_gate": (number, kwargs["hidden_states"], record)}
 
     register_attention(NAME, gated_attention)
     with ExitStack() as stack:

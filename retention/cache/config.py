@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass, field
 
 from retention.budget import ALLOCATORS, Budget
+from retention.cache.evicted import MERGES
 
+ON_EVICT = ("drop", "merge", "memory", "memory_paid", "refund")
+REMEMBER = ("memory", "memory_paid")
 SELECTORS = ("head", "layer", "global", "threshold")
 
 
@@ -38,6 +41,12 @@ class CacheConfig:
     """Newest tokens that always stay, inside the budget."""
     protect_text: bool = False
     """Text tokens of prompts always stay, inside the budget."""
+    on_evict: str | None = None
+    """drop; merge (into kept entries with similar keys); memory (evicted entries flow into a state that later queries
+    read back, on top of the budget); memory_paid (the same, its bytes taken out of the entries); refund (drop, and the
+    bytes that the memory's state would take go to more entries); null is the policy's own."""
+    merge: str = "pivot"
+    """pivot, average or weighted: what an evicted entry brings, for on_evict=merge."""
     positions: str = "original"
     """original (keys keep the rotation they were written with) or packed (re-rotated to be contiguous)."""
     prefill_chunk: int | None = None
@@ -52,6 +61,8 @@ class CacheConfig:
             (self.allocator in (None, *ALLOCATORS), f"cache.allocator among {', '.join(ALLOCATORS)}", self.allocator),
             (self.selector in (None, *SELECTORS), f"cache.selector among {', '.join(SELECTORS)}", self.selector),
             (self.positions in ("original", "packed"), "cache.positions original or packed", self.positions),
+            (self.on_evict in (None, *ON_EVICT), f"cache.on_evict among {', '.join(ON_EVICT)}", self.on_evict),
+            (self.merge in MERGES, f"cache.merge among {', '.join(MERGES)}", self.merge),
             (
                 (self.selector == "threshold") == (self.threshold is not None),
                 "cache.threshold exactly when selector=threshold",

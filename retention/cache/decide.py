@@ -1,6 +1,6 @@
 """Who stays: a policy's scores, an allocator's counts and a selector, brought together for all layers at once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -44,7 +44,7 @@ def decide(
         entries = _entries(states, policy)
         given.available = available if only is None else available[only : only + 1]
         given.available_visual = (entries.visual & entries.valid).sum(-1)
-        given.weights = entries.weights
+        given.weights = None if entries.readings is None else policy.layer_weights(entries.readings, budgets)
         given.visual_share = config.visual_share if entries.shares is None else entries.shares
     counts = ALLOCATORS[name](budgets, given)
     if selector != "threshold" and _fits(available, counts):
@@ -144,6 +144,8 @@ def _given(
         window=_window(policy, budgets).clamp(min=config.recent_size),
         pyramid_beta=config.pyramid_beta,
         head_floor=config.head_floor,
+        least=max(policy.least, config.sink_size + config.recent_size),
+        redistributes=policy.redistributes,
     )
 
 
@@ -185,7 +187,8 @@ class _Entries:
     tiers: Int[Tensor, "layers batch kv_heads keys"] | None
     seen: Int[Tensor, " batch"]
     second: Float[Tensor, "layers batch kv_heads keys"] | None = None
-    weights: Float[Tensor, "layers batch"] | None = None
+    readings: Float[Tensor, "layers batch ..."] | None = None
+    """What the policy's `layer_weight` read off each layer."""
     shares: Float[Tensor, "layers batch kv_heads"] | None = None
 
 
@@ -199,15 +202,22 @@ def _entries(states: Iterable[KVState], policy: Policy) -> _Entries:
         missing = ((x, longest - x.shape[-1]) for x in found)
         return torch.stack([F.pad(x, (0, short)) if short else x for x, short in missing]) if found else None
 
-    *parts, weights, shares, seen = zip(*rows, strict=True)
+    *parts, readings, shares, seen = zip(*rows, strict=True)
     scores, positions, valid, visual, protected, tiers, second = (stack(part) for part in parts)
     assert scores is not None
     assert positions is not None
     assert valid is not None
     assert visual is not None
     assert protected is not None
-    weight, share = (torch.stack(x) if x[0] is not None else None for x in (weights, shares))
-    return _Entries(scores, positions, valid, visual, protected, tiers, seen[0], second, weight, share)
+    per_layer = (_stacked(readings), _stacked(shares))
+    return _Entries(scores, positions, valid, visual, protected, tiers, seen[0], second, *per_layer)
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor for all layers, short ones filled up with 0, or none."""
+    found = [x for x in parts if x is not None]
+    longest = max((x.shape[-1] for x in found), default=0)
+    return torch.stack([F.pad(x, (0, longest - x.shape[-1])) for x in found]) if found else None
 
 
 def _scored(state: KVState, policy: Policy) -> tuple[Any, ...]:

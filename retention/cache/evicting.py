@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from retention.cache.config import CacheConfig
+from retention.cache.config import REMEMBER, CacheConfig
 from retention.cache.decide import decide, decides_by_layer
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.cache.ledger import Ledger, PeakMeter, logical_bytes, physical_bytes, stock_tensors
@@ -18,8 +18,11 @@ from retention.cache.persist import restore_cache, save_cache
 from retention.cache.rotation import Rotation
 from retention.cache.tokens import Tokens
 from retention.cache.trigger import Trigger
+from retention.cache.worth import entries_bought
+from retention.memory import RetentionMemory
+from retention.models.family import Rope
 from retention.policies import Policy
-from retention.policies.collect import WINDOW
+from retention.policies.collect import WINDOW, statistics_of
 from retention.types import ModelShape
 
 
@@ -32,24 +35,28 @@ class EvictingCache(Cache):
     def __init__(
         self,
         shape: ModelShape,
-        layers: Iterable[CacheLayerMixin | None],
+        layers: Iterable[CacheLayerMixin | LinearAttentionCacheLayerMixin | None],
         policy: Policy,
         config: CacheConfig,
         *,
         extra_collectors: Iterable[str] = (),
         rotation: Rotation | None = None,
+        rope: Rope | None = None,
+        memory: RetentionMemory | None = None,
         base: Mapping[str, str] | None = None,
         device: torch.device | None = None,
     ) -> None:
         """`layers` holds transformers' own layer where it stays, None where this cache takes over.
 
-        `base` identifies the model and `device` says where it lives, for conversations that are saved and restored.
+        `memory` takes what leaves where `config.on_evict` is memory. `base` identifies the model and `device` says
+        where it lives, for conversations that are saved and restored.
         """
         counter = iter(range(10**6))
         super().__init__(layers=[EvictingLayer(self, next(counter)) if x is None else x for x in layers])
         self.shape = shape
         self.extra_collectors = tuple(extra_collectors)
-        self.rotation = rotation
+        self.rotation, self.rope = rotation, rope
+        self.memory = memory
         self.rope_deltas: Tensor | None = None
         """What models with three-axis positions keep between the turns of a conversation."""
         self.base, self.device = dict(base or {}), device or torch.device("cpu")
@@ -57,7 +64,7 @@ class EvictingCache(Cache):
         self.tokens = Tokens()
         self.new_tokens = 0
         self.tail_padded = False
-        self.in_prompt = False
+        self.in_prompt, self.starts, self.ends = False, True, True
         self.early: tuple[Tensor, Tensor] | None = None
         """Budgets and entries of the eviction under way, where layers are evicted one by one."""
         self.changed = False
@@ -80,8 +87,12 @@ class EvictingCache(Cache):
             raise ValueError(
                 "positions 'packed' needs the model's rotary frequencies; open the cache with positions='packed'"
             )
+        if config.on_evict in (*REMEMBER, "refund") and self.memory is None:
+            raise ValueError(
+                f"on_evict {config.on_evict!r} needs a memory; open the cache with memory=RetentionMemory(...), or gates with one"
+            )
         self.policy, self.config = policy, config
-        self.collectors = tuple(dict.fromkeys((policy.collector, *self.extra_collectors)))
+        self.collectors = tuple(dict.fromkeys((*policy.collectors, *self.extra_collectors)))
         self.trigger = Trigger(config.evict_every)
 
     @property
@@ -95,18 +106,21 @@ class EvictingCache(Cache):
         visual: Bool[Tensor, "batch tokens"],
         *,
         prompt: bool,
+        starts: bool = True,
+        ends: bool = True,
         padded: bool = True,
         coordinates: Int[Tensor, "axes batch tokens"] | None = None,
         upcoming: Int[Tensor, " batch"] | None = None,
     ) -> None:
         """Told before a forward: which of its tokens are padding, which are visual, whether it is (part of) a prompt.
 
+        `starts` is false for all chunks of a prompt but the first, `ends` for all but the last.
         `coordinates` are rotary positions of several axes, where the model has them; `upcoming` is the smallest
         of those still to come in the same prompt.
         """
         self.tokens.add(valid, visual, prompt=prompt)
         self.coordinates, self.upcoming, self.early = coordinates, upcoming, None
-        self.in_prompt, self.new_tokens = prompt, valid.shape[1]
+        self.in_prompt, self.starts, self.ends, self.new_tokens = prompt, prompt and starts, ends, valid.shape[1]
         self.tail_padded = self.tail_padded or (padded and not bool(valid.all()))
 
     @property
@@ -124,6 +138,10 @@ class EvictingCache(Cache):
             ValueError: for anything but a boolean mask [batch, tokens].
         """
         self.tokens.protect(mask)
+
+    def mark_evidence(self, mask: Bool[Tensor, "batch positions"]) -> None:
+        """Name the tokens that answer the questions, by sequence position; only the policy `oracle` reads it."""
+        self.tokens.evidence = mask.to(self.device)
 
     def after_attention(self, layer: EvictingLayer) -> None:
         """Told after a layer's attention over a prompt: evict it at once where no other layer has a say.
@@ -160,7 +178,11 @@ class EvictingCache(Cache):
 
     def _note_rotation(self) -> None:
         if self.rotation is not None and (self.packs or not self.evicted):
-            self.rotation.note(self.coordinates, self.tokens.valid[:, self.columns - self.new_tokens :], self.upcoming)
+            valid, coordinates = self.tokens.valid[:, self.columns - self.new_tokens :], self.coordinates
+            if coordinates is None and self.rotation.rope.axes > 1:  # text alone: the model counts columns
+                places = torch.arange(self.columns - self.new_tokens, self.columns, device=valid.device)
+                coordinates = places.expand(self.rotation.rope.axes, len(valid), -1)
+            self.rotation.note(coordinates, valid, self.upcoming)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -178,16 +200,22 @@ class EvictingCache(Cache):
     @property
     def window(self) -> int:
         """Query rows to keep: the policy's own, or as many as any fork's policy may read."""
-        own = self.policy.collector == "window_rows" and "window_rows" not in self.extra_collectors
-        return self.policy.observed_rows if own else WINDOW
+        shared = bool(statistics_of(self.extra_collectors, rolling=True))
+        return self.policy.observed_rows if self.policy.observed_rows and not shared else WINDOW
 
     def accumulating(self) -> set[str]:
         """Names of statistics that survive an eviction."""
-        return {"column_sums"} if "column_sums" in self.collectors else set()
+        rolling = self.collectors if self.config.evict_every is not None or not self.ends else ()
+        return statistics_of(self.collectors, accumulating=True) | statistics_of(rolling, rolling=True)
 
     def seen(self) -> Int[Tensor, " batch"]:
         """Tokens processed per row, padding excluded."""
         return self.tokens.seen()
+
+    @property
+    def on_evict(self) -> str:
+        """What becomes of entries that leave."""
+        return self.config.on_evict or self.policy.on_evict
 
     @property
     def packs(self) -> bool:
@@ -201,19 +229,13 @@ class EvictingCache(Cache):
 
     def budgets(self) -> Int[Tensor, " batch"]:
         """The budget of each row in entries per layer and head; a fraction is of the whole prompt under way."""
-        store = self.evicting_layers[0].store
-        beside = (
-            4
-            + (0 if store.log_beta is None else 4)
-            + (4 * self.rotation.rope.axes if self.packs and self.rotation else 0)
-        )
-        entry = self.entry_bytes + beside
+        placed = 4 * self.rotation.rope.axes if self.packs and self.rotation else 0
+        scored = 0 if self.evicting_layers[0].store.log_beta is None else 4
         seen = torch.maximum(self.seen(), self.expected) if self.expected is not None else self.seen()
+        state = 0 if self.memory is None or self.on_evict not in (*REMEMBER, "refund") else self.memory.state_bytes()
+        entry = self.entry_bytes + 4 + placed + scored
         self.resolved = [
-            self.config.budget.resolve(
-                int(n), num_layers=self.shape.num_layers, num_kv_heads=self.shape.num_kv_heads, entry_bytes=entry
-            )
-            for n in seen.tolist()
+            entries_bought(self.config.budget, int(n), self.shape, entry, state, self.on_evict) for n in seen
         ]
         return torch.tensor(self.resolved, device=self.tokens.valid.device)
 
@@ -264,11 +286,12 @@ class EvictingCache(Cache):
 
     def tensors(self) -> Mapping[str, list[Tensor]]:
         """Every tensor the cache holds, by ledger item."""
-        groups = {"layout": self.tokens.tensors(), "statistics": []}
+        groups: dict[str, list[Tensor]] = {"layout": self.tokens.tensors(), "statistics": [], "memory": []}
         if self.rotation is not None and self.rotation.coordinates is not None:
             groups["layout"].append(self.rotation.coordinates)
         for layer in self.evicting_layers:
             groups["statistics"].extend(layer.observed.values())
+            groups["memory"].extend(layer.recalled.values())
             for item, found in layer.store.tensors().items():
                 groups.setdefault(item, []).extend(found)
         stock = (stock_tensors(layer) for layer in self.layers if not isinstance(layer, EvictingLayer))
@@ -306,8 +329,9 @@ class EvictingCache(Cache):
         """
         twin = copy.copy(self)
         other = policy is not None or config is not None
-        needed = (policy or self.policy).collector
-        if needed not in ("none", "keys_values", *self.collectors):
+        reads = (policy or self.policy).collectors
+        needed = next((x for x in reads if x not in ("none", "keys_values", *self.collectors)), None)
+        if needed is not None:
             raise ValueError(
                 f"{type(policy).__name__} reads {needed!r}, which this cache did not collect; open it with "
                 f"extra_collectors=({needed!r},)"

@@ -9,9 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
+from retention.cache import recall
+from retention.cache.config import REMEMBER
+from retention.cache.evicted import merged
 from retention.cache.rotation import Turn
 from retention.cache.storage import Entries, LayerStorage
-from retention.policies.collect import COLLECTORS, Observation
+from retention.memory import MemoryLayer, State
+from retention.policies.collect import COLLECTORS, Observation, statistics_of
 from retention.types import KVState
 
 if TYPE_CHECKING:
@@ -31,6 +35,10 @@ class EvictingLayer(CacheLayerMixin):
     def __init__(self, owner: "EvictingCache", number: int) -> None:
         super().__init__()
         self.owner, self.number = owner, number
+        self.recalled: State = {}
+        """State of the memory of what left; empty before the first eviction and without a memory."""
+        self.scaling = 1.0
+        """Of the attention logits, noted at every call."""
         self.store = LayerStorage()
         self.length = 0
         self.staged: Tensor | None = None
@@ -48,12 +56,13 @@ class EvictingLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.length += key_states.shape[2]
-        if self.length != self.owner.columns:
+        length = self.length + key_states.shape[2]
+        if length != self.owner.columns:
             raise RuntimeError(
                 "an evicting cache works inside the `with retention.evicting(model, ...)` block of its model only; "
                 "open one and feed the cache there"
             )
+        self.length = length
         staged, self.staged = self.staged, None
         if self.store.append(key_states, value_states, staged, self._spare(key_states.shape[2])):
             self.owner.changed = True
@@ -109,25 +118,32 @@ class EvictingLayer(CacheLayerMixin):
 
     def observe(self, call: Observation) -> None:
         """Let the active collectors look at this attention call; queries that are padding observe nothing."""
+        tokens, count = self.owner.tokens, call.queries.shape[2]
+        valid, visual = tokens.valid[:, -count:], tokens.visual[:, -count:]
+        call = replace(call, valid=valid, visual=visual, seen_visual=tokens.visual[:, :-count].any(1))
+        call = replace(call, visual_keys=lambda: self.state().visual)
         if self.owner.tail_padded:
-            real = self.owner.tokens.valid[:, None, -call.queries.shape[2] :, None]
-            call = replace(call, visible=call.visible & real)
+            call = replace(call, visible=call.visible & valid[:, None, :, None])
         for name in self.owner.collectors:
             collector = COLLECTORS[name]
             if collector is None:
                 continue
             for key, new in collector.observe(call).items():
                 old = self.observed.get(key)
-                if collector.accumulates and old is not None:
-                    new = new + F.pad(old, (0, new.shape[-1] - old.shape[-1]))
+                if old is not None:
+                    old = F.pad(old, (0, new.shape[-1] - old.shape[-1]))
+                    if collector.accumulates:
+                        new = new + old
+                    elif collector.rolls and not self.owner.starts:
+                        new = torch.cat([old, new], 2)[:, :, -call.window :]
                 self.observed[key] = new
 
     def forget_unused(self, *, keep_gate: bool) -> None:
         """Free what the policy in force does not read: other policies' statistics, gate outputs."""
-        names = {"window_rows", "column_sums"} & set(self.owner.collectors)
+        names = statistics_of(self.owner.collectors)
         self.observed = {k: v for k, v in self.observed.items() if k in names}
-        if "window_rows" in self.observed:
-            self.observed["window_rows"] = self.observed["window_rows"][:, :, -self.owner.window :].clone()
+        for name in statistics_of(self.owner.collectors, rolling=True) & set(self.observed):
+            self.observed[name] = self.observed[name][:, :, -self.owner.window :].clone()
         if not keep_gate:
             self.store.log_beta = None
             if self.store.entries is not None:
@@ -146,6 +162,7 @@ class EvictingLayer(CacheLayerMixin):
             valid = torch.cat([store.kept_valid(), valid], -1)
             if known.log_beta is not None and log_beta is not None:
                 log_beta = torch.cat([store.padded(known.log_beta), log_beta], -1)
+        evidence = cache.tokens.answering(positions)
         visual, protected = cache.tokens.marks(positions, text=cache.config.protect_text)
         length = store.longest + store.tail
         statistics = {k: F.pad(v, (0, length - v.shape[-1])) for k, v in self.observed.items()}
@@ -159,6 +176,7 @@ class EvictingLayer(CacheLayerMixin):
             log_beta,
             statistics,
             self.number,
+            None if evidence is None else evidence & valid,
         )
 
     def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], *, spare: int = 0) -> None:
@@ -166,10 +184,30 @@ class EvictingLayer(CacheLayerMixin):
         state = self.state()
         coordinates, turn = self._pack(mask) if self.owner.packs else (None, None)
         accumulated = {k: v for k, v in state.statistics.items() if k in self.owner.accumulating()}
-        flat = {k: v[mask] for k, v in accumulated.items()}
+        flat = {k: v.movedim(-1, 2)[mask] for k, v in accumulated.items()}
+        memory = self.memory
+        if memory is not None:
+            self.recalled = recall.absorb(memory, self.recalled, state, mask, self.owner.policy, self.scaling)
         log_beta = None if state.log_beta is None else state.log_beta[mask]
-        self.store.keep(mask, Entries(state.positions[mask].int(), log_beta, coordinates), turn, spare)
-        self.observed = {k: self.store.padded(v) for k, v in flat.items()} if self.store.longest else {}
+        self.store.keep(
+            mask, Entries(state.positions[mask].int(), log_beta, coordinates), turn, spare, self._merged(state, mask)
+        )
+        kept = {k: self.store.padded(v).movedim(2, -1) for k, v in flat.items()} if self.store.longest else {}
+        self.observed = kept
+
+    @property
+    def memory(self) -> MemoryLayer | None:
+        """The memory that evicted entries flow into, if the cache has one in force."""
+        owner = self.owner
+        return owner.memory.layer(self.number) if owner.memory is not None and owner.on_evict in REMEMBER else None
+
+    def _merged(self, state: KVState, mask: Bool[Tensor, "batch kv_heads keys"]) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of what stays with what leaves merged into it, where the cache merges."""
+        if self.owner.on_evict != "merge":
+            return None
+        contents = merged(state.keys, state.values, mask, state.valid & ~mask, self.owner.config.merge)
+        self.owner.staging = max(self.owner.staging, tensor_bytes(*contents))
+        return contents
 
     def _pack(self, mask: Bool[Tensor, "batch kv_heads keys"]) -> tuple[Tensor, Turn]:
         """New rotary coordinates of what the mask keeps, and how to turn its keys there."""
@@ -202,7 +240,7 @@ class EvictingLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store, self.length, self.staged, self.observed = LayerStorage(), 0, None, {}
+        self.store, self.length, self.staged, self.observed, self.recalled = LayerStorage(), 0, None, {}, {}
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -210,3 +248,4 @@ class EvictingLayer(CacheLayerMixin):
         rows = beam_idx.to(self.owner.tokens.valid.device)
         self.store.select_rows(rows)
         self.observed = {k: v[rows] for k, v in self.observed.items()}
+        self.recalled = {k: v[rows] for k, v in self.recalled.items()}

@@ -9,17 +9,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retention.cache import storage
 from retention.cache.buffer import Buffer
+from retention.cache.config import REMEMBER
 from retention.cache.ledger import PeakMeter
 from retention.cache.storage import Entries, LayerStorage
 from retention.cache.tokens import Tokens
 from retention.files import write_bytes
+from retention.policies.collect import COLLECTORS
 
 if TYPE_CHECKING:
     from retention.cache.evicting import EvictingCache
 
 FORMAT_VERSION = 1
-_TOKENS = ("valid", "visual", "wanted", "prompted", "pending")
+_TOKENS = ("valid", "visual", "wanted", "prompted", "pending", "evidence")
 _ROTATION = ("versions", "coordinates", "next", "reached")
 _PLAIN = (bool, int, float, str)
 
@@ -36,6 +39,7 @@ def save_cache(cache: "EvictingCache", file: Path) -> None:
         if layer in cache.evicting_layers:
             held, plain = _pack_store(layer.store)
             held |= {f"observed.{name}": x for name, x in layer.observed.items()}
+            held |= {f"recalled.{name}": x for name, x in layer.recalled.items()}
             plain["length"] = layer.length
         else:
             held, plain = _pack_stock(layer)
@@ -48,6 +52,10 @@ def save_cache(cache: "EvictingCache", file: Path) -> None:
         "policy": type(cache.policy).__name__,
         "positions": cache.config.positions,
         "collectors": cache.collectors,
+        "page": storage.PAGE,
+        "rotates": cache.rotation is not None,
+        "tokens": cache.columns,
+        "memory": _memory(cache),
         "evicted": cache.evicted,
         "tail_padded": cache.tail_padded,
         "since_eviction": cache.trigger.since_eviction,
@@ -72,18 +80,19 @@ def restore_cache(cache: "EvictingCache", file: Path) -> None:
     for name in _TOKENS:
         setattr(cache.tokens, name, tensors.get(f"tokens.{name}"))
     cache.rope_deltas = tensors.get("rope_deltas")
-    if cache.rotation is not None:
+    if cache.rotation is not None and "rotation.versions" in tensors:
         for name in _ROTATION:
             setattr(cache.rotation, name, tensors.get(f"rotation.{name}"))
-        known = sorted(name for name in tensors if name.startswith("rotation.frequencies."))
-        cache.rotation.frequencies = [tensors[name] for name in known]
+        count = sum(name.startswith("rotation.frequencies.") for name in tensors)
+        cache.rotation.frequencies = [tensors[f"rotation.frequencies.{i}"] for i in range(count)]
     for number, (layer, plain) in enumerate(zip(cache.layers, state["layers"], strict=True)):
         prefix = f"layers.{number}."
         held = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         if layer in cache.evicting_layers:
             layer.length = plain["length"]
             layer.store = _unpack_store(held, plain)
-            layer.observed = {k.removeprefix("observed."): x for k, x in held.items() if k.startswith("observed.")}
+            layer.observed = _named(held, "observed.")
+            layer.recalled = _named(held, "recalled.")
         else:
             _unpack_stock(layer, held, plain)
     cache.evicted, cache.tail_padded = state["evicted"], state["tail_padded"]
@@ -92,6 +101,10 @@ def restore_cache(cache: "EvictingCache", file: Path) -> None:
         layer.forget_unused(keep_gate="gate" in cache.collectors)
     cache.meter = PeakMeter()
     cache.note_peak()
+
+
+def _named(held: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in held.items() if name.startswith(prefix)}
 
 
 def _pack_store(store: LayerStorage) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
@@ -142,7 +155,7 @@ def _unpack_stock(layer: Any, held: dict[str, Tensor], plain: dict[str, Any]) ->
             getattr(layer, name)[int(number)] = value
         else:
             setattr(layer, name, value)
-    first = next(iter(held.values()), None)
+    first = next((x for x in held.values() if x.is_floating_point()), None)
     if first is not None:
         layer.dtype, layer.device = first.dtype, first.device
 
@@ -167,6 +180,11 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return state, tensors
 
 
+def _memory(cache: "EvictingCache") -> dict[str, Any] | None:
+    """The memory in force; its trained parameters are not in the file."""
+    return cache.memory.config.to_dict() if cache.memory is not None and cache.on_evict in REMEMBER else None
+
+
 def _check(cache: "EvictingCache", state: dict[str, Any], file: Path) -> None:
     if state["base"] != cache.base or state["shape"] != json.loads(json.dumps(cache.shape.to_dict())):
         raise ValueError(
@@ -177,7 +195,23 @@ def _check(cache: "EvictingCache", state: dict[str, Any], file: Path) -> None:
             f"the conversation in {file} was evicted with positions={state['positions']}, this cache has "
             f"positions={cache.config.positions}; open it with the former"
         )
-    needed = set(cache.collectors) & {"gate", "column_sums"}
+    if state["page"] != storage.PAGE:
+        raise ValueError(
+            f"the conversation in {file} lies in pages of {state['page']} entries, this version has pages of "
+            f"{storage.PAGE}; restore it with the version that saved it"
+        )
+    if cache.packs and state["tokens"] and not state["rotates"]:
+        raise ValueError(
+            f"the conversation in {file} was had without noting rotary positions, this cache has positions=packed; open "
+            "it with positions=original, or have the conversation in a cache with packed=True"
+        )
+    lasting = {name for name, x in COLLECTORS.items() if x is not None and x.accumulates}
+    if state["evicted"] and state.get("memory") != _memory(cache):
+        raise ValueError(
+            f"the conversation in {file} was had with memory {state.get('memory')}, this cache has {_memory(cache)}; "
+            "open it with the same"
+        )
+    needed = set(cache.collectors) & {"gate", *lasting}
     missing = sorted(needed - set(state["collectors"]))
     if missing:
         raise ValueError(

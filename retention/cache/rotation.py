@@ -44,9 +44,6 @@ class Rotation:
 
         Unless told, what follows is taken to start behind the largest coordinate so far. Inside a prompt that is
         not so: the rest of an image lies at its start, and a clip's times outrun the text behind it.
-
-        Raises:
-            ValueError: when the model rotates along several axes and its positions were not handed over.
         """
         if self.rope.changes and not torch.equal(now := self.rope.frequencies(), self.frequencies[-1]):
             self.frequencies.append(now)
@@ -54,8 +51,7 @@ class Rotation:
         self.versions = torch.cat([self.versions, version])
         if self.rope.axes == 1:
             return
-        if coordinates is None:
-            raise ValueError("positions 'packed' needs this model's position_ids; pass them to every forward")
+        assert coordinates is not None, "the cache hands them over for several axes"
         past = coordinates[:, :, :0].int() if self.coordinates is None else self.coordinates
         self.coordinates = torch.cat([past, coordinates.int()], -1)
         reached = (coordinates.amax(0).masked_fill(~valid, -1)).amax(1) + 1

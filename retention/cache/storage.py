@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from retention.cache.buffer import Buffer
-from retention.ops.ragged import PAGE, ragged_arange
+from retention.ops.ragged import PAGE as PAGE
+from retention.ops.ragged import ragged_arange
 
 
 @dataclass
@@ -198,14 +199,18 @@ class LayerStorage:
         entries: Entries,
         turn: Callable[[Tensor, Tensor], Tensor] | None = None,
         spare: int = 0,
+        contents: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Keep exactly the masked entries of the padded view; everything else is freed.
 
         `entries` describes the kept ones in order. `turn(keys, which)` re-rotates keys, `which` being their
-        numbers in that order. `spare`: room for tokens to come, where it costs a copy to make it later.
+        numbers in that order. `spare`: room for tokens to come, where it costs a copy to make it later. `contents`
+        are keys and values of the kept entries, in that order, where they are others than those held.
         """
         index = torch.nonzero(mask, as_tuple=True)
         sources = [self._locate(place, *index) for place in range(len(self.buffers))]
+        if contents is not None:
+            sources = [([x], torch.arange(len(x), device=x.device)) for x in contents]
         counts = mask.sum(-1)
         self.longest = int(counts.max())
         self.uniform = bool((counts == self.longest).all())

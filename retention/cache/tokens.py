@@ -5,6 +5,7 @@ import copy
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Tokens:
@@ -21,6 +22,9 @@ class Tokens:
         self.pending: Bool[Tensor, "batch tokens"] | None = None
         """A user's mask of tokens that are still to come."""
 
+        self.evidence: Bool[Tensor, "batch positions"] | None = None
+        """Sequence positions that answer the questions, padding excluded, where they were named."""
+
     def __len__(self) -> int:
         return self.valid.shape[1]
 
@@ -30,15 +34,24 @@ class Tokens:
         Raises:
             ValueError: when the forward, or the mask to protect, has another number of rows.
         """
+        self.check_rows(valid.shape[0])
         if not len(self):
             self.valid, self.visual, self.wanted = valid[:, :0], visual[:, :0], visual[:, :0]
             self.prompted = self.prompted.to(valid.device)
-        if valid.shape[0] != self.valid.shape[0]:
-            raise ValueError(f"the cache holds a batch of {self.valid.shape[0]}, the forward has {valid.shape[0]} rows")
+        wanted = self._next_wanted(valid)  # refuses a mask that does not fit, before anything changes
         self.valid = torch.cat([self.valid, valid], 1)
         self.visual = torch.cat([self.visual, visual & valid], 1)
-        self.wanted = torch.cat([self.wanted, self._next_wanted(valid)], 1)
+        self.wanted = torch.cat([self.wanted, wanted], 1)
         self.prompted = torch.cat([self.prompted, self.prompted.new_full((valid.shape[1],), prompt)])
+
+    def check_rows(self, rows: int) -> None:
+        """A forward has as many rows as the ones before.
+
+        Raises:
+            ValueError: when it has not.
+        """
+        if len(self) and rows != len(self.valid):
+            raise ValueError(f"the cache holds a batch of {len(self.valid)}, the forward has {rows} rows")
 
     def protect(self, mask: Bool[Tensor, "batch tokens"]) -> None:
         """Mark tokens to keep among the next ones.
@@ -87,10 +100,18 @@ class Tokens:
         )
         return visual, kept
 
+    def answering(self, positions: Int[Tensor, "batch kv_heads keys"]) -> Bool[Tensor, "batch kv_heads keys"] | None:
+        """Which entries, by sequence index, are evidence; None where none was named."""
+        if self.evidence is None:
+            return None
+        table = F.pad(self.evidence, (0, 1))  # positions behind the mask are no evidence
+        return table.gather(1, positions.clamp(0, table.shape[1] - 1).flatten(1)).view(positions.shape)
+
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep the given batch rows, in that order."""
         self.valid, self.visual, self.wanted = self.valid[rows], self.visual[rows], self.wanted[rows]
         self.pending = None if self.pending is None else self.pending.to(rows.device)[rows]
+        self.evidence = None if self.evidence is None else self.evidence[rows]
 
     def fork(self) -> "Tokens":
         """An independent continuation."""
@@ -98,4 +119,5 @@ class Tokens:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [self.valid, self.visual, self.wanted, self.prompted, *([] if self.pending is None else [self.pending])]
+        optional = [x for x in (self.pending, self.evidence) if x is not None]
+        return [self.valid, self.visual, self.wanted, self.prompted, *optional]

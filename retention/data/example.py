@@ -1,6 +1,6 @@
 """What one evaluation or training context is: segments, turns, and where the evidence lies."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,21 @@ class EvidenceRef:
 
 
 @dataclass
+class TextRef:
+    """A stretch of a text segment that an answer depends on: segment index, first character, one past the last."""
+
+    segment: int
+    start: int
+    end: int
+
+
+@dataclass
 class Turn:
     """One question with its answer; `question` is what the model reads, in words of its prompt style."""
 
     question: str
     answer: str
-    evidence: list[EvidenceRef] = field(default_factory=list)
+    evidence: list[EvidenceRef | TextRef] = field(default_factory=list)
     scorer: str = "symbol"
     max_new_tokens: int = 1
     needs_all: bool = True
@@ -49,6 +58,8 @@ class Example:
     turns: list[Turn]
     query_position: str
     meta: dict[str, Any] = field(default_factory=dict)
+    later: list[Segment] = field(default_factory=list)
+    """A second prompt on the same cache, read after the context was evicted and before any question."""
 
     @property
     def images(self) -> list[np.ndarray]:
@@ -59,3 +70,7 @@ class Example:
     def n_turns(self) -> int:
         """Number of turns."""
         return len(self.turns)
+
+    def whole(self) -> "Example":
+        """The same example with context and second prompt as one prompt."""
+        return replace(self, segments=[*self.segments, *self.later], later=[])

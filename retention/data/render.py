@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from retention.data.example import EvidenceRef, Example
+from retention.data.evidence import cell_tokens, marked, token_grids
+from retention.data.example import Example, TextRef
 from retention.types import Batch
 
 _MARKS = ("\u2402first\u2402", "\u2402answer\u2402", "\u2402next\u2402")
@@ -33,6 +32,8 @@ class Rendered:
     turns: list[Turns]
     evidence: list[list[list[int] | None]]
     examples: list[Example]
+    later: dict[str, Tensor] | None = None
+    """The second prompts, left-padded, as the processor encodes them; None where there are none."""
 
     @property
     def lengths(self) -> list[int]:
@@ -87,26 +88,68 @@ class Renderer:
         ]
         return Turns(questions, [self._ids(turn.answer) for turn in example.turns])
 
-    def render(self, examples: list[Example]) -> Rendered:
-        """Contexts as the processor encodes them, with turns and evidence positions."""
-        text, bos = [self._context(e) for e in examples], self.tokenizer.bos_token
+    def _encode(self, text: list[str], examples: list[Example], *, first: bool) -> dict[str, Tensor]:
+        """What the processor makes of prompts with the images of these examples; `first` begins a sequence."""
         kwargs: dict[str, Any] = {"text": text, "padding": True, "return_tensors": "pt"}
         images = [e.images for e in examples]
         if any(images):
             kwargs["images"] = images
-        inputs = dict(
-            self.processor(add_special_tokens=not (bos and text[0].startswith(bos)), padding_side="left", **kwargs)
-        )
+        special = first and self._adds_special(text[0])
+        return dict(self.processor(add_special_tokens=special, padding_side="left", **kwargs))
+
+    def _adds_special(self, text: str) -> bool:
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+    def render(self, examples: list[Example]) -> Rendered:
+        """Contexts as the processor encodes them, with turns and evidence positions, and the second prompts."""
+        text = [self._context(e) for e in examples]
+        inputs = self._encode(text, examples, first=True)
         visual = torch.isin(inputs["input_ids"], self.visual_ids)
-        evidence = [
-            _evidence(example, visual[row][inputs["attention_mask"][row].bool()])
-            for row, example in enumerate(examples)
-        ]
-        return Rendered(inputs, visual, [self.turns(e) for e in examples], evidence, examples)
+        mask = inputs["attention_mask"].bool()
+        evidence = [self._evidence(e, text[row], visual[row][mask[row]]) for row, e in enumerate(examples)]
+        later = self._later(examples, text) if any(e.later for e in examples) else None
+        return Rendered(inputs, visual, [self.turns(e) for e in examples], evidence, examples, later)
+
+    def _later(self, examples: list[Example], contexts: list[str]) -> dict[str, Tensor]:
+        """Second prompts: what the chat template writes on once their segments follow the context's."""
+        whole = [self._context(e.whole()) for e in examples]
+        assert all(text.startswith(start) for text, start in zip(whole, contexts, strict=True))
+        text = [text.removeprefix(start) for text, start in zip(whole, contexts, strict=True)]
+        return self._encode(text, [Example(e.id, e.later, [], e.query_position) for e in examples], first=False)
+
+    def _evidence(self, example: Example, text: str, visual: Tensor) -> list[list[int] | None]:
+        """Positions of each turn's evidence, or None where cells or characters cannot be mapped to tokens."""
+        grids, found = token_grids(example, visual), []
+        for turn in example.turns:
+            places: list[list[int] | None] = []
+            for ref in turn.evidence:
+                if isinstance(ref, TextRef):
+                    places.append(self._span(example, ref, text, visual))
+                else:
+                    places.append(None if grids is None else cell_tokens(grids, ref, example.meta["grid"]))
+            known = [p for p in places if p is not None]
+            mapped = len(known) == len(places) and (grids is not None or bool(places))
+            found.append(sorted({i for p in known for i in p}) if mapped else None)
+        return found
+
+    def _span(self, example: Example, ref: TextRef, text: str, visual: Tensor) -> list[int] | None:
+        """Tokens whose characters overlap a stretch of a text segment; images may take any number of tokens."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return None
+        told = self._context(marked(example, ref, _MARKS[1:]))
+        start, end = told.index(_MARKS[1]), told.index(_MARKS[2]) - len(_MARKS[1])
+        encoded = self.tokenizer(
+            text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True, return_tensors="pt"
+        )
+        words = ~torch.isin(encoded["input_ids"][0], self.visual_ids)
+        offsets, places = encoded["offset_mapping"][0][words], torch.nonzero(~visual).flatten()
+        if len(offsets) != len(places):
+            return None
+        return places[(offsets[:, 0] < end) & (offsets[:, 1] > start)].tolist()
 
     def training_batch(self, examples: list[Example]) -> Batch:
-        """Contexts with all turns and reference answers appended; labels on answers only, left-padded."""
-        rendered = self.render(examples)
+        """Contexts and second prompts with all turns and reference answers appended; labels on answers only, left-padded."""
+        rendered = self.render([e.whole() for e in examples])
         rows, labels = [], []
         for row, turns in enumerate(rendered.turns):
             ids = rendered.inputs["input_ids"][row][rendered.inputs["attention_mask"][row].bool()].tolist()
@@ -122,28 +165,3 @@ class Renderer:
         inputs["attention_mask"] = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
         padded = torch.tensor([[IGNORE] * (longest - len(r)) + r for r in labels])
         return Batch(inputs, padded, [e.id for e in examples])
-
-
-def _evidence(example: Example, visual: Tensor) -> list[list[int] | None]:
-    """Positions of each turn's evidence, or None where image cells cannot be mapped to tokens."""
-    places = torch.nonzero(visual).flatten().tolist()
-    images = example.images
-    grid = example.meta.get("grid")
-    if not images or grid is None or len(places) % len(images):
-        return [None] * len(example.turns)
-    per_image = len(places) // len(images)
-    side = isqrt(per_image)
-    if side * side != per_image:
-        return [None] * len(example.turns)
-    blocks = np.array(places).reshape(len(images), side, side)
-    return [sorted({p for ref in turn.evidence for p in _cell(blocks, ref, grid)}) for turn in example.turns]
-
-
-def _cell(blocks: np.ndarray, ref: EvidenceRef, grid: int) -> list[int]:
-    """Tokens whose rectangle overlaps one cell of a `grid` x `grid` picture."""
-    side = blocks.shape[1]
-
-    def span(cell: int) -> slice:
-        return slice(cell * side // grid, max(-(-(cell + 1) * side // grid), cell * side // grid + 1))
-
-    return blocks[ref.image, span(ref.row), span(ref.column)].flatten().tolist()

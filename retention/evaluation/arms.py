@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retention.cache.config import CacheConfig
-from retention.evaluation.config import QUOTA, EvalConfig
+from retention.evaluation.config import MEMORY, QUOTA, EvalConfig, base_name, prefix_of
 from retention.evaluation.protocol import Protocol
 from retention.policies import Policy
 
@@ -39,16 +39,21 @@ def full_arm(config: EvalConfig, protocol: Protocol) -> Arm:
 
 def needs_gates(config: EvalConfig, name: str) -> bool:
     """Whether a policy name stands for anything that trained gates take part in."""
-    return name.startswith(QUOTA) or config.policy[name].needs_gates
+    return bool(prefix_of(name)) or config.policy[name].needs_gates
 
 
 def make_arm(
     config: EvalConfig, name: str, budget: str, protocol: Protocol, quota: Float[Tensor, "layers kv_heads"] | None
 ) -> Arm:
-    """An arm by its name in the config; `quota+X` is X with the gates' shares per layer and head."""
-    policy = config.policy[name.removeprefix(QUOTA)]
+    """An arm by its name in the config.
+
+    `quota+X` is X with the gates' shares per layer and head, other prefixes say what becomes of evicted entries.
+    """
+    policy, prefix = config.policy[base_name(name)], prefix_of(name)
     cache = config.cache_for(budget, protocol)
-    if name.startswith(QUOTA):
+    if prefix in MEMORY:
+        cache = replace(cache, on_evict=MEMORY[prefix])
+    if prefix == QUOTA:
         assert quota is not None
         cache = replace(cache, allocator="quota", quota=quota.tolist())
     return Arm(name, policy, cache, budget, protocol, needs_gates(config, name))

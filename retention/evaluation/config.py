@@ -11,6 +11,18 @@ from retention.policies import POLICIES, Policy
 from retention.tasks import TASKS, Task
 
 QUOTA = "quota+"
+MEMORY = {"memory+": "memory", "memory_paid+": "memory_paid", "refund+": "refund"}
+"""What becomes of evicted entries, by the prefix of a policy's name."""
+
+
+def base_name(name: str) -> str:
+    """The preset a name such as `quota+keydiff` or `memory+trim_kv` is built on."""
+    return name.rpartition("+")[2]
+
+
+def prefix_of(name: str) -> str:
+    """What stands before the preset, with its plus."""
+    return name.removesuffix(base_name(name))
 
 
 def default_policies() -> dict[str, Policy]:
@@ -33,7 +45,9 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=lambda: ["needles"])
     """Names of presets in `task`."""
     policies: list[str] = field(default_factory=lambda: ["db_trim_kv", "trim_kv", "keydiff", "snapkv", "h2o", "random"])
-    """Names of presets in `policy`; `quota+X` gives X the gates' own shares per layer and head. full is always there."""
+    """Names of presets in `policy`; full is always there. `quota+X` gives X the gates' own shares per layer and
+    head; `memory+X` lets X's evicted entries flow into the gates' memory, `memory_paid+X` takes its bytes out of X's
+    entries, and `refund+X` is X without a memory, its bytes spent on more entries."""
     budgets: list[str] = field(default_factory=lambda: ["10%", "5%", "2.5%"])
     """Tokens per head, fractions of the context, or bytes per sequence."""
     protocols: list[str] = field(default_factory=lambda: ["agnostic"])
@@ -65,9 +79,10 @@ class EvalConfig:
         for text in self.protocols:
             Protocol.parse(text)
         for name in self.policies:
-            if name.removeprefix(QUOTA) not in self.policy:
+            prefixes = (QUOTA, *MEMORY)
+            if base_name(name) not in self.policy or prefix_of(name) not in ("", *prefixes):
                 raise ValueError(
-                    f"expected policies among {', '.join(self.policy)} (or {QUOTA}one of them), got {name!r}"
+                    f"expected policies among {', '.join(self.policy)} (or {', '.join(prefixes)} before one of them), got {name!r}"
                 )
         for name in self.tasks:
             if name not in self.task:

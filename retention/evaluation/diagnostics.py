@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from retention.attach.hard import evicting
 from retention.cache.evicting import EvictingCache
+from retention.data.example import EvidenceRef
 from retention.data.render import Rendered
 from retention.gates import RetentionGates
 from retention.ops.decay import half_life
@@ -50,7 +51,7 @@ def patch_lives(cache: EvictingCache, batch: Rendered, row: int = 0) -> Patches 
     evidence = np.zeros((len(images), grid, grid), bool)
     for turn in example.turns:
         for ref in turn.evidence:
-            if ref.image < len(images):
+            if isinstance(ref, EvidenceRef) and ref.image < len(images):
                 evidence[ref.image, ref.row, ref.column] = True
     return np.stack(images), life, evidence
 

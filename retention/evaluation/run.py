@@ -13,7 +13,7 @@ from typing import Any
 from retention.data.render import Renderer
 from retention.evaluation import plots, report
 from retention.evaluation.arms import needs_gates
-from retention.evaluation.config import EvalConfig
+from retention.evaluation.config import MEMORY, QUOTA, EvalConfig, base_name, prefix_of
 from retention.evaluation.protocol import Protocol
 from retention.evaluation.runner import GateSet, Runner
 from retention.evaluation.session import Session, picture_budget
@@ -23,6 +23,7 @@ from retention.files import write_json, write_text
 from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.models.load import load_configured
+from retention.policies.collect import COLLECTORS
 from retention.provenance import hardware, package_versions
 
 _GROWING = ("tasks", "policies", "budgets", "protocols", "output_dir", "gates", "experiment", "batch_size")
@@ -53,7 +54,7 @@ def run(config: EvalConfig) -> Result:
     """
     started = time.time()
     folder = Path(config.output_dir)
-    _claim(folder, config)
+    claim(folder, config)
     model, processor = load_configured(config.model)
     sets = load_gate_sets(config)
     for gate_set in sets:
@@ -79,13 +80,22 @@ def load_gate_sets(config: EvalConfig) -> list[GateSet]:
         return [GateSet(None)]
     names = [found for part in config.gates.split(",") for found in (sorted(glob.glob(part)) or [part])]
     loaded = [RetentionGates.from_pretrained(name) for name in names]
+    for name in config.policies:
+        wanted_of = None if name.startswith(QUOTA) else config.policy[base_name(name)].gates_of
+        if prefix_of(name) in MEMORY and any(gates.memory is None for gates in loaded):
+            raise ValueError(
+                f"{name} needs gates with a memory and these have none; train one (python train.py memory=retentive)"
+            )
+        for gates in loaded:
+            if wanted_of is not None:
+                gates.check_objective(wanted_of, name)
     seeds = [gates.training_record.get("seed", i) for i, gates in enumerate(loaded)]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"expected gate sets of different training seeds, got {seeds} from {config.gates!r}")
     return [GateSet(gates, seed) for gates, seed in zip(loaded, seeds, strict=True)]
 
 
-def _claim(folder: Path, config: EvalConfig) -> None:
+def claim(folder: Path, config: EvalConfig) -> None:
     """Make the output folder and record its settings; refuse one that belongs to other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.json"
@@ -140,7 +150,7 @@ def _write(folder: Path, config: EvalConfig, session: Session, started: float) -
 
 def _attentive(config: EvalConfig) -> list[str]:
     """Policies for the picture by turn: full, those that watch attention, and the gates' global pool."""
-    watching = ("window_rows", "column_sums")
+    watching = {name for name, x in COLLECTORS.items() if x is not None}
     names = [
         n
         for n in config.policies

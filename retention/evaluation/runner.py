@@ -17,7 +17,7 @@ from retention.evaluation.protocol import Protocol
 from retention.gates import RetentionGates
 from retention.policies import POLICIES
 from retention.tasks import Task
-from retention.tasks.answering import answer_turns, prefill
+from retention.tasks.answering import answer_turns, prefill, read_on
 from retention.tasks.scorers import SCORERS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Runner:
                 with self._open(arm, gates) as cache:
                     yield arm, *self._answer(arm, cache, batch, prefilled=False)
             return
-        collectors = tuple({arm.policy.collector for arm in arms})
+        collectors = tuple({name for arm in arms for name in arm.policy.collectors})
         packed = any(arm.cache.positions == "packed" for arm in arms)
         with evicting(
             self.model, POLICIES["full"](), gates=gates, extra_collectors=collectors, packed=packed
@@ -72,7 +72,7 @@ class Runner:
                 yield arm, *self._answer(arm, source.fork(arm.policy, arm.cache), batch, prefilled=True)
 
     def _open(self, arm: Arm, gates: RetentionGates | None) -> Any:
-        return evicting(self.model, arm.policy, arm.cache, gates=gates if arm.policy.needs_gates else None)
+        return evicting(self.model, arm.policy, arm.cache, gates=gates if arm.needs_gates else None)
 
     def _prefill(self, cache: EvictingCache, batch: Rendered, protocol: Protocol) -> None:
         prefill(self.model, cache, batch, pad=self.renderer.pad, first_question=protocol.question == "aware")
@@ -81,10 +81,13 @@ class Runner:
         self, arm: Arm, cache: EvictingCache, batch: Rendered, *, prefilled: bool
     ) -> tuple[EvictingCache, list[Row]]:
         started = time.perf_counter()
+        if arm.policy.needs_evidence:
+            cache.mark_evidence(_evidence_mask(batch))
         if prefilled:
             cache.evict()
         else:
             self._prefill(cache, batch, arm.protocol)
+        read_on(self.model, cache, batch)
         after = cache.fork()
         tokens = answer_turns(self.model, cache, batch, pad=self.renderer.pad)
         seconds = (time.perf_counter() - started) / len(batch.examples)
@@ -139,6 +142,15 @@ class Runner:
                     }
                 )
         return rows
+
+
+def _evidence_mask(batch: Rendered) -> Bool[Tensor, "batch positions"]:
+    """What any turn of each context asks about, by position."""
+    rows = [sorted({p for turn in turns for p in turn or []}) for turns in batch.evidence]
+    mask = torch.zeros(len(rows), 1 + max((row[-1] for row in rows if row), default=0), dtype=torch.bool)
+    for row, places in enumerate(rows):
+        mask[row, places] = True
+    return mask
 
 
 def evidence_recall(

@@ -1,5 +1,6 @@
 """One run's loop over tasks, gate sets, protocols and batches, and what its pictures need."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from retention.evaluation.diagnostics import look_at_patches, survival
 from retention.evaluation.protocol import Protocol
 from retention.evaluation.runner import GateSet, Runner
 from retention.evaluation.store import RowStore
+from retention.policies import policy_of
 
 
 def picture_budget(config: EvalConfig) -> str:
@@ -69,7 +71,10 @@ class Session:
         c = self.config
         if gate_set.gates is None or not any(n.startswith(QUOTA) for n in c.policies):
             return {}
-        arms = [make_arm(c, "db_trim_kv", budget, Protocol(), None) for budget in c.budgets]
+        ranked = policy_of(gate_set.gates.objective)
+        arms = [make_arm(c, ranked, budget, Protocol(), None) for budget in c.budgets]
+        for arm in arms:
+            arm.cache = replace(arm.cache, allocator="global")
         counts: dict[str, Any] = {}
         batches = list(self.runner.batches(c.task[task], "val", c.seed, c.quota_examples, c.quota_examples))
         for arm, cache, _ in self.runner.run(batches[0], arms, gate_set.gates):
@@ -94,7 +99,7 @@ class Session:
                 seed = gate_set.seed if arm.needs_gates else None
                 known = {"task": task, "split": self.config.split, "seed_data": self.config.seed, "seed_train": seed}
                 self.store.add([known | row for row in rows])
-        if self.patches is None and gate_set.gates is not None:
+        if self.patches is None and gate_set.gates is not None and gate_set.gates.decays:
             self.patches = look_at_patches(self.runner.model, batch, gate_set.gates)
 
     def _pictured(self, arm: Arm) -> bool:

@@ -76,6 +76,16 @@ def paired_difference(
     return float(np.nanmean(gap)), *_interval(_resampled(gap[None], resamples, seed)[0], level)
 
 
+def paired_p_value(a: ArrayLike, b: ArrayLike, *, flips: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p of a sign-flip test that a - b, averaged over seeds, is 0 on average over contexts."""
+    first, second = _paired(a, b)
+    gap = first - second
+    gap = np.nanmean(gap[:, np.isfinite(gap).any(axis=0)], axis=0)
+    signs = np.random.default_rng(seed).integers(2, size=(flips, len(gap))) * 2.0 - 1.0
+    extreme = np.abs(signs @ gap) >= np.abs(gap.sum()) - 1e-9
+    return float((1 + extreme.sum()) / (1 + flips))
+
+
 def retention_interval(
     a: ArrayLike, full: ArrayLike, *, resamples: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:

@@ -4,9 +4,11 @@ from typing import Any
 
 from retention.gates.base import GateConfig, RetentionGates
 from retention.gates.dbtrim import DBTrim
+from retention.gates.fastkvzip import FastKVzip
+from retention.gates.per_head import PerHead
 from retention.gates.trim import Trim
 
-GATES: dict[str, type[GateConfig]] = {"dbtrim": DBTrim, "trim": Trim}
+GATES: dict[str, type[GateConfig]] = {"dbtrim": DBTrim, "trim": Trim, "fastkvzip": FastKVzip, "per_head": PerHead}
 
 
 def gate_from_dict(values: dict[str, Any]) -> GateConfig:

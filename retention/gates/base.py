@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retention import checkpoint
+from retention.memory import RetentionMemory, memory_from_dict
 from retention.models.family import fingerprint, model_shape
 from retention.ops.decay import log_beta_from_score, offset_for_half_life
 from retention.types import ModelShape
@@ -102,6 +103,8 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         self.base = base or {}
         self.training_record: dict[str, Any] = {}
         self.stack = config.build(shape)
+        self.memory: RetentionMemory | None = None
+        """The memory of evicted tokens that was trained with these gates, if any."""
 
     @classmethod
     def for_model(cls, config: GateConfig, model: "PreTrainedModel") -> "RetentionGates":
@@ -112,10 +115,44 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
     def forward(
         self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]
     ) -> Float[Tensor, "batch kv_heads tokens"]:
-        """`log_beta` of every token for evictable layer number `layer`, fp32, at most 0."""
+        """`log_beta` of every token for evictable layer number `layer`, fp32, at most 0: the log-sigmoid of `score`."""
+        return log_beta_from_score(self.score(layer, hidden_states))
+
+    def score(
+        self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]
+    ) -> Float[Tensor, "batch kv_heads tokens"]:
+        """The gate's pre-activation, fp32: what regressions fit and policies without decay rank by."""
         trunk = next(self.stack.layers[layer].parameters())
-        score = self.stack.score(layer, hidden_states.to(trunk.dtype))
-        return log_beta_from_score(score).transpose(1, 2)
+        return self.stack.score(layer, hidden_states.to(trunk.dtype)).transpose(1, 2)
+
+    @torch.no_grad()
+    def start_at(self, score: float) -> None:
+        """Set every offset, so that scores start around this value."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("offset"):
+                parameter.fill_(score)
+
+    @property
+    def objective(self) -> str:
+        """Name of the objective these gates were trained by; untrained ones count as distilled."""
+        return self.training_record.get("objective", "distillation")
+
+    @property
+    def decays(self) -> bool:
+        """Whether the output is a retention per step; otherwise its score ranks tokens whatever their age."""
+        return self.training_record.get("score_kind", "decay") == "decay"
+
+    def check_objective(self, wanted: str, policy: str) -> None:
+        """Refuse a policy that ranks by gates of another objective.
+
+        Raises:
+            ValueError: naming the policy and both objectives.
+        """
+        if wanted != self.objective:
+            raise ValueError(
+                f"policy {policy} ranks by gates trained with objective {wanted}, these were trained with "
+                f"{self.objective}; train some with objective={wanted}, or choose a policy that ranks by these"
+            )
 
     def check(self, model: "PreTrainedModel") -> None:
         """Refuse a model these gates were not trained for.
@@ -146,7 +183,8 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors under their artefact names: `layers.<i>.<param>` and, stored once, `shared.<param>`."""
-        return dict(self.stack.state_dict())
+        memory = {} if self.memory is None else self.memory.state_dict(prefix="memory.")
+        return dict(self.stack.state_dict()) | memory
 
     def card_config(self) -> dict[str, Any]:
         """Everything `gate_config.json` holds."""
@@ -157,7 +195,7 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
             "base": self.base,
             "shape": self.shape.to_dict(),
             "gate": self.config.to_dict(),
-            "memory": None,
+            "memory": None if self.memory is None else self.memory.config.to_dict(),
             "training": self.training_record,
             "conventions": {"log_beta": "fp32, at most 0", "eviction_age": "seen - position", "age_offset": 0},
             "versions": package_versions(),
@@ -195,8 +233,14 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         config, tensors = checkpoint.read(folder)
         shape = ModelShape(**{**config["shape"], "layers": tuple(config["shape"]["layers"])})
         gates = cls(gate_from_dict(config["gate"]), shape, config["base"])
+        own = {name: x for name, x in tensors.items() if not name.startswith("memory.")}
+        if config.get("memory"):
+            gates.memory = RetentionMemory(memory_from_dict(config["memory"]), shape)
+        recalled = {name.removeprefix("memory."): x for name, x in tensors.items() if name not in own}
         try:
-            gates.stack.load_state_dict(tensors)
+            gates.stack.load_state_dict(own)
+            if gates.memory is not None:
+                gates.memory.load_state_dict(recalled)
         except RuntimeError as error:
             raise ValueError(
                 f"the tensors in {folder} do not fit its config: {str(error).splitlines()[-1].strip()}"

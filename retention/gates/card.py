@@ -27,7 +27,7 @@ retrieval of arbitrary facts at very small budgets is beyond any question-agnost
 def model_card(config: dict[str, Any]) -> str:
     """Markdown with front matter; says only what the config holds."""
     training = config["training"]
-    keys = ("task", "steps", "budget", "loss_weights", "scope", "seed")
+    keys = ("objective", "task", "steps", "budget", "loss_weights", "scope", "seed")
     told = "; ".join(f"{key} {training[key]}" for key in keys if key in training) or "untrained"
     return _CARD.format(
         gate=config["gate"]["name"],

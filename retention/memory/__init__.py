@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from retention.memory.base import Evicted, MemoryConfig, MemoryLayer, State, state_bytes
+from retention.memory.base import Evicted, MemoryConfig, MemoryLayer, NoMemory, State, state_bytes
 from retention.memory.linear import Linear
 from retention.memory.moment import Moment
 from retention.memory.slots import Slots
 from retention.types import ModelShape
 
-MEMORIES: dict[str, type[MemoryConfig]] = {"linear": Linear, "slots": Slots, "moment": Moment}
+MEMORIES: dict[str, type[MemoryConfig]] = {"none": NoMemory, "linear": Linear, "slots": Slots, "moment": Moment}
 
 
 class RetentionMemory(nn.Module):
@@ -51,6 +51,7 @@ __all__ = [
     "Evicted",
     "MemoryConfig",
     "MemoryLayer",
+    "NoMemory",
     "RetentionMemory",
     "State",
     "memory_from_dict",

@@ -54,6 +54,17 @@ class MemoryConfig(ABC):
         return {"name": self.name, **asdict(self)}
 
 
+@dataclass
+class NoMemory(MemoryConfig):
+    """What is evicted is gone; training trains gates, not a memory."""
+
+    name = "none"
+
+    def build(self, shape: ModelShape) -> "MemoryLayer":
+        """Refused: there is nothing to build."""
+        raise ValueError("memory 'none' holds nothing; choose another memory, or on_evict=drop")
+
+
 class MemoryLayer(nn.Module, ABC):
     """The memory of one decoder layer: shared parameters, no state of any sequence."""
 
@@ -80,12 +91,22 @@ class MemoryLayer(nn.Module, ABC):
         scaling: float,
     ) -> Float[Tensor, "batch heads queries value_dim"]:
         """Attention over kept entries, corrected by what the memory says of the evicted ones."""
-        kv_heads = next(iter(state.values())).shape[1]
-        queries = query.shape[2]
+        return self.read_with_mass(state, query, out, lse, scaling)[0]
+
+    def read_with_mass(
+        self,
+        state: State,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        out: Float[Tensor, "batch heads queries value_dim"],
+        lse: Float[Tensor, "batch heads queries"],
+        scaling: float,
+    ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+        """The same, and the log-sum-exp of both parts together."""
+        kv_heads, queries = next(iter(state.values())).shape[1], query.shape[2]
         grouped = rearrange(query, "b (h g) q d -> b h (g q) d", h=kv_heads).float()
         found = self.estimate(state, grouped, scaling)
         recalled, mass = (rearrange(x, "b h (g q) ... -> b (h g) q ...", q=queries) for x in found)
-        return self.mix(out, lse, recalled, mass)
+        return self.mix(out, lse, recalled, mass), torch.logaddexp(lse, mass)
 
     def mix(self, out: Tensor, lse: Tensor, recalled: Tensor, mass: Tensor) -> Tensor:
         """One softmax over both parts: an empty memory, or one without mass, leaves the output as it is, bit for bit."""

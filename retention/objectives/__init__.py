@@ -2,7 +2,19 @@
 
 from retention.objectives.base import Objective
 from retention.objectives.distillation import Distillation
+from retention.objectives.dms import DMS
+from retention.objectives.duo_attention import DuoAttention
+from retention.objectives.fastkvzip import FastKVzip
+from retention.objectives.kvzap import KVzap
+from retention.objectives.locret import Locret
 
-OBJECTIVES: dict[str, type[Objective]] = {"distillation": Distillation}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "distillation": Distillation,
+    "kvzap": KVzap,
+    "fastkvzip": FastKVzip,
+    "locret": Locret,
+    "duo_attention": DuoAttention,
+    "dms": DMS,
+}
 
 __all__ = ["OBJECTIVES", "Objective"]

@@ -1,38 +1,110 @@
-"""The interface of training objectives: what a gated forward and its teacher gave, and the loss terms made of it."""
+"""The interface of training objectives: how gates act in a training forward, and the loss made of what it gave."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retention.ops.attention import augmented_gated_attention
 from retention.types import LossTerms
 
 
 @dataclass
-class Collected:
-    """One training forward: final hidden states of teacher and student, gate outputs of all layers."""
+class Step:
+    """What is known of a training step before its forwards."""
 
-    teacher: Float[Tensor, "batch tokens hidden"]
-    student: Float[Tensor, "batch tokens hidden"]
     labels: Int[Tensor, "batch tokens"]
+    generator: torch.Generator
+    """Randomness of this step, seeded by (seed, step): resuming needs no replay."""
+    done: float = 0.0
+    """Share of the run that lies behind."""
+
+
+@dataclass
+class GatedCall:
+    """One layer's attention in a training forward, and what its gate says of the tokens."""
+
+    queries: Float[Tensor, "batch heads tokens head_dim"]
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"]
+    values: Float[Tensor, "batch kv_heads tokens value_dim"]
+    hidden: Float[Tensor, "batch tokens hidden"]
+    """The attention's input, which the gate reads too."""
+    output: Float[Tensor, "hidden features"] | None
+    """Weight of the projection behind attention; None where the model has none of a known name."""
+    score: Float[Tensor, "batch kv_heads tokens"]
+    log_beta: Float[Tensor, "batch kv_heads tokens"]
+    """Log-sigmoid of the score."""
+    scaling: float
+    positions: Int[Tensor, "batch tokens"]
+    valid: Bool[Tensor, "batch tokens"]
+    padded: bool
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch tokens"] | None:
+        """`valid` where there is padding at all."""
+        return self.valid if self.padded else None
+
+
+Attended = tuple[Tensor | None, Tensor | None]
+"""A layer's attention output (None: the model's own), and what the loss needs of the layer."""
+
+
+def decayed(call: GatedCall) -> Attended:
+    """Every key decays with its age: retention-gated attention (arXiv 2512.03324)."""
+    return decaying(call, call.log_beta), None
+
+
+def decaying(call: GatedCall, log_beta: Float[Tensor, "batch kv_heads tokens"]) -> Tensor:
+    """The layer's attention with these decays; 0 is the frozen model's own."""
+    return augmented_gated_attention(
+        call.queries,
+        call.keys,
+        call.values,
+        log_beta,
+        scaling=call.scaling,
+        positions=call.positions,
+        valid=call.mask,
+    )
+
+
+@dataclass
+class Collected:
+    """One training step: final hidden states of teacher and student, gate outputs of all layers."""
+
+    teacher: Float[Tensor, "batch tokens hidden"] | None
+    """The full cache's; None where the objective asks for no teacher."""
+    student: Float[Tensor, "batch tokens hidden"]
+    score: list[Float[Tensor, "batch kv_heads tokens"]]
     log_beta: list[Float[Tensor, "batch kv_heads tokens"]]
     positions: Int[Tensor, "batch tokens"]
     valid: Bool[Tensor, "batch tokens"]
     head: Callable[[Tensor], Tensor]
-    generator: torch.Generator
-    """Randomness of this step, seeded by (seed, step): resuming needs no replay."""
+    step: Step
+    noted: list[Tensor] = field(default_factory=list)
+    """What `attend` noted of each layer."""
 
 
 @dataclass
 class Objective(ABC):
     """Hyper-parameters of a loss and the loss; no state."""
 
+    name: ClassVar[str]
     score_kind: ClassVar[str] = "decay"
-    """decay: gates are ranked by log_alpha at inference."""
+    """decay: gates are ranked by log_alpha at inference; static: by their score, whatever a token's age."""
+    gate: ClassVar[str | None] = None
+    """The only architecture of gates it can train; null for any."""
+    initial_score: ClassVar[float | None] = None
+    """Score that gates start from; null leaves it to the gate's half-life."""
+    teacher: ClassVar[bool] = True
+    """Whether the loss compares with the full cache, which costs a second forward."""
+
+    def attend(self, call: GatedCall, step: Step) -> Attended:
+        """How the gates act on one layer's attention while training."""
+        return decayed(call)
 
     @abstractmethod
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,8 @@ class Distillation(Objective):
     Weights of the public code (it averages the two base losses); the paper writes a plain sum, 1 / 1 / 1. The
     capacity is evaluated at sampled query positions, unbiased for the mean over all.
     """
+
+    name: ClassVar[str] = "distillation"
 
     budget: str = "1%-8%"
     """Training budget: tokens per head, a fraction of the context, or a range that each step draws from, log-uniformly."""
@@ -77,12 +80,14 @@ class Distillation(Objective):
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
         """The three terms; logged beside them: retained mass and its budget, entries per head."""
         lengths = collected.valid.sum(1)
-        budget = self.draw_budget(lengths, collected.generator)
-        queries = sample_queries(lengths, budget, self.queries, collected.generator)
+        step = collected.step
+        budget = self.draw_budget(lengths, step.generator)
+        queries = sample_queries(lengths, budget, self.queries, step.generator)
         sizes = torch.stack(
             [expected_size(beta, collected.positions, queries, collected.valid) for beta in collected.log_beta]
         )
-        kl, ntp = distillation_terms(collected.student, collected.teacher, collected.labels, collected.head)
+        assert collected.teacher is not None
+        kl, ntp = distillation_terms(collected.student, collected.teacher, step.labels, collected.head)
         capacity = capacity_loss(sizes, queries, budget, scope=self.scope, norm=self.capacity_norm)
         weights = {"kl": self.kl_weight, "ntp": self.ntp_weight, "capacity": self.capacity_weight}
         terms = LossTerms({"kl": kl, "ntp": ntp, "capacity": capacity}, weights)
@@ -92,7 +97,8 @@ class Distillation(Objective):
         """Budget, weights and scope."""
         weights = {"kl": self.kl_weight, "ntp": self.ntp_weight, "capacity": self.capacity_weight}
         return {
-            "objective": "distillation",
+            "objective": self.name,
+            "score_kind": self.score_kind,
             "budget": self.budget,
             "loss_weights": weights,
             "scope": self.scope,

@@ -47,3 +47,12 @@ def offset_for_half_life(tokens: float) -> float:
 def log_beta_from_score(score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Log of the per-step retention of a gate's pre-activation, fp32: `logsigmoid(score)`."""
     return torch.nn.functional.logsigmoid(score.float())
+
+
+def score_from_log_beta(log_beta: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The pre-activation that `log_beta_from_score` was given, fp32: what gates that do not decay rank by.
+
+    Relative error of fp32 on both sides of 0; scores above 85 come back as 85, where fp32 ends.
+    """
+    logged = log_beta.float().clamp(max=-1e-37)
+    return logged - torch.log(-torch.expm1(logged))

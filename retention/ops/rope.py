@@ -85,3 +85,18 @@ def naive_packed_coordinates(
             for i, entry in kept:
                 packed[:, row, head, i] += sum(place not in spanned for place in range(min(entry), end))
     return packed
+
+
+def mean_turn(
+    coordinate: Int[Tensor, " batch"], count: int, frequencies: Float[Tensor, " frequencies"], head_dim: int
+) -> Float[Tensor, "batch head_dim head_dim"]:
+    """Mean of the rotations to the `count` text positions from `coordinate` on, as one matrix for each row."""
+    steps = (coordinate[:, None] + torch.arange(count, device=coordinate.device)).double()
+    angle = steps[..., None] * frequencies.double()
+    cos, sin = angle.cos().mean(1).float(), angle.sin().mean(1).float()
+    half = len(frequencies)
+    own = torch.arange(half, device=cos.device)
+    turn = torch.eye(head_dim, device=cos.device).repeat(len(coordinate), 1, 1)
+    turn[:, own, own], turn[:, own + half, own + half] = cos, cos
+    turn[:, own, own + half], turn[:, own + half, own] = -sin, sin
+    return turn

@@ -150,7 +150,8 @@ def keep_per_layer(
     ranking: Ranking, counts: Int[Tensor, "layers batch kv_heads"]
 ) -> Bool[Tensor, "layers batch kv_heads keys"]:
     """One set of positions per layer, ranked by the mean score over its heads; needs heads of equal content."""
-    if not (ranking.positions == ranking.positions[:, :, :1]).all():
+    places = ranking.positions.masked_fill(~ranking.valid, -1)
+    if not (places == places[:, :, :1]).all():
         raise ValueError(
             "selector 'layer' needs the same entries in all heads, got heads that differ; use selector 'head'"
         )

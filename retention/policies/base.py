@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from retention.types import KVState
@@ -21,9 +21,13 @@ class Policy(ABC):
     collector: ClassVar[str] = "none"
     allocator: ClassVar[str] = "uniform"
     selector: ClassVar[str] = "head"
-    needs_gates: ClassVar[bool] = False
+    gates_of: ClassVar[str | None] = None
+    """Objective by which the gates were trained that the method ranks by; null where it needs no gates."""
+    needs_evidence: ClassVar[bool] = False
     evicts_while_decoding: ClassVar[bool] = True
     evicts: ClassVar[bool] = True
+    on_evict: ClassVar[str] = "drop"
+    """drop, or merge evicted entries into kept ones."""
     first_share: ClassVar[float] = 1.0
     """Share of the budget that `score` chooses; the rest goes by `second_score`."""
 
@@ -35,9 +39,18 @@ class Policy(ABC):
         """Lexicographic rank before the score; never a large additive constant."""
         return None
 
-    def layer_weight(self, kv: KVState) -> Float[Tensor, " batch"] | None:
-        """The layer's weight in the split of the budget over layers, for the allocators `weighted` and `modality`."""
+    def layer_weight(self, kv: KVState) -> Float[Tensor, "batch ..."] | None:
+        """The layer's weight in the split of the budget over layers, for the allocators `weighted` and `modality`.
+
+        Or what `layer_weights` needs of it; a reading by key is filled up with 0 where a layer holds fewer.
+        """
         return None
+
+    def layer_weights(
+        self, readings: Float[Tensor, "layers batch ..."], budgets: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "layers batch"]:
+        """The weights of all layers, from what `layer_weight` read off each and the average budget of a head."""
+        return readings
 
     def visual_share(self, kv: KVState) -> Float[Tensor, "batch kv_heads"] | None:
         """Visual part of each head's budget, in [0, 1], for the allocator `modality`."""
@@ -48,6 +61,37 @@ class Policy(ABC):
     ) -> Float[Tensor, "batch kv_heads keys"] | None:
         """Another score for the rest of the budget once `score` has chosen its `first_share` of it."""
         return None
+
+    @property
+    def needs_gates(self) -> bool:
+        """Whether it ranks by trained gates."""
+        return self.gates_of is not None
+
+    @property
+    def collectors(self) -> tuple[str, ...]:
+        """Everything the method reads; more than `collector` where its settings ask for it."""
+        return (self.collector,)
+
+    @property
+    def least(self) -> int:
+        """Entries that every head keeps, however little `layer_weight` gives its layer."""
+        return 0
+
+    @property
+    def redistributes(self) -> bool:
+        """Whether what a full layer cannot take by its weight goes to the others; otherwise it is lost."""
+        return True
+
+    def observed(self, kv: KVState, name: str) -> Shaped[Tensor, "..."]:
+        """A statistic that only a prompt brings.
+
+        Raises:
+            ValueError: when none ran since the last eviction.
+        """
+        if name not in kv.statistics:
+            who = type(self).__name__
+            raise ValueError(f"{who} decides right after a prompt, and none ran since the last eviction")
+        return kv.statistics[name]
 
     @property
     def observed_rows(self) -> int:

@@ -17,7 +17,7 @@ class DBTrimKV(Policy):
     collector = "gate"
     allocator = "global"
     selector = "global"
-    needs_gates = True
+    gates_of = "distillation"
 
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
         """Log retention at the next query, fp32."""

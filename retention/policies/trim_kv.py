@@ -18,7 +18,7 @@ class TrimKV(Policy):
     """
 
     collector = "gate"
-    needs_gates = True
+    gates_of = "distillation"
 
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
         """Log retention at the next query, fp32."""

@@ -43,12 +43,23 @@ def prefill(
     model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered, *, pad: int = 0, first_question: bool = False
 ) -> Tensor:
     """Run the contexts into the cache, with the first question behind them if asked; returns the last logits."""
-    inputs = {k: v.to(model.device) for k, v in rendered.inputs.items() if k not in ("input_ids", "attention_mask")}
     ids, mask = rendered.inputs["input_ids"], rendered.inputs["attention_mask"]
     if first_question:
         rows = [ids[i][mask[i].bool()].tolist() + turns.questions[0] for i, turns in enumerate(rendered.turns)]
         ids, mask = _left_pad(rows, pad)
-    return _forward(model, cache, ids, mask, **inputs)
+    return _forward(model, cache, ids, mask, **_beside_text(model, rendered.inputs))
+
+
+@torch.no_grad()
+def read_on(model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered) -> None:
+    """Feed the second prompts, where there are any; the cache evicts after them as after every prompt."""
+    if rendered.later is not None:
+        ids, mask = rendered.later["input_ids"], rendered.later["attention_mask"]
+        _forward(model, cache, ids, mask, **_beside_text(model, rendered.later))
+
+
+def _beside_text(model: "PreTrainedModel", inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.to(model.device) for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()

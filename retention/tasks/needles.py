@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from retention.data.example import EvidenceRef, Example, Segment, Turn
+from retention.data.example import EvidenceRef, Example, Segment, TextRef, Turn
 from retention.embedded import LETTERS
 from retention.tasks.base import Task
-from retention.tasks.scene import COLOURS, GRID, N_KEYS, Needle, draw_scene
+from retention.tasks.scene import COLOURS, GRID, N_KEYS, Needle, draw_scene, enlarged
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Needles(Task):
     """Pixels per cell: 8 for the embedded model, patch x merge (28 or 32) for others."""
 
     def __post_init__(self) -> None:
-        askable = self.n_needles if self.asked_colour is None else self.n_asked
+        askable = self._askable()
         checks = (
             (
                 1 <= self.n_needles <= min(N_KEYS, 8 * self.n_images),
@@ -78,12 +78,10 @@ class Needles(Task):
         scene = draw_scene(rng, self._keys(rng), n_images=self.n_images, split=split)
         askable = [x for x in scene.needles if self.asked_colour in (None, x.name[0])]
         asked = [askable[i] for i in rng.permutation(len(askable))[: self.n_turns if n_turns is None else n_turns]]
-        source = np.arange(GRID * self.cell_px) * 8 // self.cell_px
-        images = [image[source][:, source] for image in scene.images]
         return Example(
             id=f"{self.name}/{self._variant()}/{split}/{seed}/{index}",
-            segments=[Segment("image", image) for image in images],
-            turns=[_turn(needle, style) for needle in asked],
+            segments=[Segment("image", enlarged(image, self.cell_px)) for image in scene.images],
+            turns=[needle_turn(needle, style) for needle in asked],
             query_position="deferred_turn" if len(asked) > 1 else "after",
             meta={
                 "n_images": self.n_images,
@@ -92,6 +90,9 @@ class Needles(Task):
                 "n_distractors": len(scene.needles) - len(asked),
             },
         )
+
+    def _askable(self) -> int | None:
+        return self.n_needles if self.asked_colour is None else self.n_asked
 
     def _variant(self) -> str:
         asked = "any" if self.asked_colour is None else f"{self.n_asked}{self.asked_colour}"
@@ -107,11 +108,12 @@ class Needles(Task):
         return rng.permutation(np.concatenate([asked, others]))
 
 
-def _turn(needle: Needle, style: str) -> Turn:
+def needle_turn(needle: Needle, style: str) -> Turn:
+    """Which digit is right of a needle's key."""
     colour, letter = needle.name
     symbolic = f"<ask> {colour}-{letter}"
     natural = f"Which digit is in the cell right of the {colour} letter {letter}? Answer with one digit."
-    cells = [EvidenceRef(needle.image, needle.row, needle.column + i) for i in (0, 1)]
+    cells: list[EvidenceRef | TextRef] = [EvidenceRef(needle.image, needle.row, needle.column + i) for i in (0, 1)]
     return Turn(
         symbolic if style == "symbolic" else natural,
         str(needle.digit),

@@ -31,8 +31,7 @@ class Needle:
     @property
     def name(self) -> tuple[str, str]:
         """Colour and letter of the key glyph."""
-        colour, letter = divmod(self.key, len(LETTERS))
-        return list(COLOURS)[colour], LETTERS[letter]
+        return key_name(self.key)
 
 
 @dataclass
@@ -53,6 +52,12 @@ def key_index(colour: str, letter: str) -> int:
     return list(COLOURS).index(colour) * len(LETTERS) + LETTERS.index(letter)
 
 
+def key_name(key: int) -> tuple[str, str]:
+    """Colour and letter of a key in [0, 78)."""
+    colour, letter = divmod(key, len(LETTERS))
+    return list(COLOURS)[colour], LETTERS[letter]
+
+
 def draw_scene(
     rng: np.random.Generator,
     keys: Int[np.ndarray, " keys"],
@@ -62,8 +67,9 @@ def draw_scene(
     orphans: int = 2,
     decoys: int = 2,
     jitter: bool = False,
+    digits: Int[np.ndarray, " keys"] | None = None,
 ) -> Scene:
-    """Spread one needle per key round-robin over the images and draw them.
+    """Spread one needle per key round-robin over the images and draw them; `digits` are drawn unless given.
 
     Each image also holds up to `orphans` digits without a key (never right of a key) and up to `decoys`
     glyphs that are no key. `jitter` moves and roughens the digits, for training a tower on few scans. Needles that do not fit are never dropped: the image is placed again.
@@ -71,19 +77,36 @@ def draw_scene(
     Raises:
         ValueError: when more needles are asked for than the images can hold.
     """
-    per_image = [keys[i::n_images] for i in range(n_images)]
+    order = np.arange(len(keys))
+    per_image = [order[i::n_images] for i in range(n_images)]
     if len(per_image[0]) > GRID * (GRID // 2):
         raise ValueError(f"{len(keys)} needles do not fit {n_images} images of {GRID} x {GRID} cells")
     cells = np.zeros((n_images, GRID, GRID), np.int64)
     needles: list[Needle] = []
     for image, own in enumerate(per_image):
         places = _place(rng, len(own))
-        for key, (row, column) in zip(own.tolist(), places, strict=True):
-            digit = int(rng.integers(10))
+        for number, (row, column) in zip(own.tolist(), places, strict=True):
+            key = int(keys[number])
+            digit = int(rng.integers(10)) if digits is None else int(digits[number])
             cells[image, row, column : column + 2] = KEY0 + key, DIGIT0 + digit
             needles.append(Needle(key, digit, image, row, column))
         _fill(rng, cells[image], orphans, decoys)
     return Scene(_paint(rng, cells, split, jitter), cells, needles)
+
+
+def draw_cells(
+    rng: np.random.Generator, cells: Int[np.ndarray, "images rows columns"], *, split: str, decoys: int = 2
+) -> UInt8[np.ndarray, "images height width 3"]:
+    """Draw images of the given cell classes, with up to `decoys` glyphs that are no key in blank cells of each."""
+    for image in cells:
+        _fill(rng, image, 0, decoys)
+    return _paint(rng, cells, split, False)
+
+
+def enlarged(image: UInt8[np.ndarray, "height width 3"], cell_px: int) -> UInt8[np.ndarray, "tall wide 3"]:
+    """The picture with `cell_px` instead of 8 pixels per cell."""
+    source = np.arange(GRID * cell_px) * 8 // cell_px
+    return image[source][:, source]
 
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from retention.budget import Budget
 from retention.gates import GateConfig
 from retention.gates.dbtrim import DBTrim
+from retention.memory import MemoryConfig, NoMemory
 from retention.models.load import ModelConfig
 from retention.objectives import Objective
 from retention.objectives.distillation import Distillation
+from retention.policies import POLICIES
 from retention.tasks import Task
 from retention.tasks.needles import Needles
 
@@ -70,6 +73,30 @@ class TrainerConfig:
 
 
 @dataclass
+class MemoryTraining:
+    """How a memory of evicted tokens is trained on frozen gates, where `memory` is not none."""
+
+    gates: str | None = None
+    """Artefact of the gates; null is the newest run's, outputs/latest/gates."""
+    kept: str = "0.5%-30%"
+    """Range of the kept share that every step draws from, log-uniformly."""
+    policies: list[str] = field(default_factory=lambda: ["db_trim_kv", "trim_kv", "random"])
+    """Policies whose evictions it sees, drawn at every step."""
+    regression_share: float = 0.3
+    """Part of the steps that regress attention outputs; the rest distils the model's answers under hard eviction."""
+
+    def __post_init__(self) -> None:
+        parts = [Budget.parse(x) for x in self.kept.split("-")]
+        if len(parts) != 2 or any(x.unit != "fraction" for x in parts) or parts[0].amount > parts[1].amount:
+            raise ValueError(f"expected memory_training.kept like 0.5%-30%, got {self.kept!r}")
+        wrong = [name for name in self.policies if name not in POLICIES or not POLICIES[name].evicts]
+        if wrong or not self.policies:
+            raise ValueError(f"expected memory_training.policies that evict, got {wrong or 'none'}")
+        if not 0 <= self.regression_share <= 1:
+            raise ValueError(f"expected memory_training.regression_share in [0, 1], got {self.regression_share}")
+
+
+@dataclass
 class TrainConfig:
     """A training run: frozen model, gates, objective, data, trainer, logger."""
 
@@ -79,6 +106,8 @@ class TrainConfig:
     task: Task = field(default_factory=lambda: Needles(n_needles=40, asked_colour="red", n_asked=12))
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    memory: MemoryConfig = field(default_factory=NoMemory)
+    memory_training: MemoryTraining = field(default_factory=MemoryTraining)
     logger: str = "wandb"
     """wandb (offline unless logged in, CSV beside it) or csv."""
     seed: int = 0
@@ -91,5 +120,9 @@ class TrainConfig:
     """Name of the experiment preset, for the record."""
 
     def __post_init__(self) -> None:
+        if self.objective.gate not in (None, self.gate.name):
+            raise ValueError(
+                f"objective {self.objective.name} trains gate={self.objective.gate} only, got gate={self.gate.name}"
+            )
         if self.logger not in LOGGERS:
             raise ValueError(f"expected logger among {', '.join(LOGGERS)}, got {self.logger!r}")

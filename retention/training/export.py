@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from retention.gates import RetentionGates, gate_from_dict
+from retention.memory import RetentionMemory, memory_from_dict
 from retention.types import ModelShape
 
 
@@ -32,6 +33,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, which: str = "best") ->
         raise ValueError(f"{checkpoint} was written before the first validation; export it with --which last")
     shape = ModelShape(**{**card["shape"], "layers": tuple(card["shape"]["layers"])})
     gates = RetentionGates(gate_from_dict(card["gate"]), shape, card["base"])
+    if card.get("memory"):
+        gates.memory = RetentionMemory(memory_from_dict(card["memory"]), shape)
     last = {name.removeprefix("gates."): value for name, value in state["state_dict"].items()}
     gates.load_state_dict(validation["best"] if which == "best" else last)
     chosen = chosen_record(validation) if which == "best" else {"chosen_step": state["global_step"]}

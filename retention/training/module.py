@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -12,12 +13,37 @@ from retention.attach.hidden import final_hidden
 from retention.attach.soft import attach_gates
 from retention.gates import RetentionGates
 from retention.objectives import Objective
-from retention.objectives.base import Collected
+from retention.objectives.base import Collected, Step
 from retention.training.config import TrainerConfig
 from retention.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def collect(
+    model: "PreTrainedModel", gates: RetentionGates, objective: Objective, inputs: dict[str, Tensor], step: Step
+) -> Collected:
+    """What an objective's loss is made of: a teacher forward where it has one, then a forward with gates."""
+    teacher = None
+    if objective.teacher:
+        with torch.no_grad():
+            teacher = final_hidden(model, inputs)
+    with attach_gates(model, gates, partial(objective.attend, step=step)) as record:
+        student = final_hidden(model, inputs)
+    assert record.positions is not None
+    assert record.valid is not None
+    return Collected(
+        teacher,
+        student,
+        record.stacked("score"),
+        record.stacked(),
+        record.positions,
+        record.valid,
+        model.get_output_embeddings(),
+        step,
+        record.stacked("noted"),
+    )
 
 
 class GateTrainer(L.LightningModule):
@@ -44,27 +70,13 @@ class GateTrainer(L.LightningModule):
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Teacher forward, gated student forward, objective."""
+        """Forwards and objective."""
         inputs = {k: v.to(self.model.device) for k, v in batch.inputs.items()}
-        with torch.no_grad():
-            teacher = final_hidden(self.model, inputs)
-        with attach_gates(self.model, self.gates) as record:
-            student = final_hidden(self.model, inputs)
-        assert record.positions is not None
-        assert record.valid is not None
-        self.last_log_beta = record.stacked()
-        terms, figures = self.objective.loss(
-            Collected(
-                teacher,
-                student,
-                batch.labels.to(student.device),
-                record.stacked(),
-                record.positions,
-                record.valid,
-                self.model.get_output_embeddings(),
-                self.step_generator(self.global_step),
-            )
-        )
+        done = self.global_step / self.config.max_steps
+        step = Step(batch.labels.to(self.model.device), self.step_generator(self.global_step), done)
+        collected = collect(self.model, self.gates, self.objective, inputs, step)
+        self.last_log_beta = collected.log_beta
+        terms, figures = self.objective.loss(collected)
         loss = terms.loss()
         logged = {f"loss/{name}": value.detach() for name, value in terms.means().items()}
         self.log_dict({"loss": loss.detach(), **logged, **figures}, prog_bar=True, batch_size=len(batch.ids))

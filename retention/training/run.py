@@ -5,7 +5,7 @@ import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from retention.data.render import Renderer
 from retention.gates import RetentionGates
+from retention.memory import RetentionMemory
 from retention.models import family_of
 from retention.models.load import load_configured
 from retention.training.callbacks import HalfLives, HardEvictionValidation, RandomState
@@ -20,9 +21,13 @@ from retention.training.config import TrainConfig
 from retention.training.datamodule import GateData
 from retention.training.export import chosen_record
 from retention.training.loggers import Tracking
+from retention.training.memory import MemoryTrainer
 from retention.training.module import GateTrainer
 from retention.training.resume import claim, newest_checkpoint, settings
 from retention.training.validation import hard_eviction_accuracy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +48,17 @@ def run(config: TrainConfig) -> Path:
     checkpoint, start = newest_checkpoint(folder)
     torch.manual_seed(config.seed)
     model, processor = load_configured(config.model)
-    gates = RetentionGates.for_model(config.gate, model)
-    gates.training_record = _record(config)
+    gates = _with_memory(config, model) if config.memory.name != "none" else _fresh(config, model)
+    if config.memory.name != "none" and not config.memory.trained:
+        gates.save_pretrained(artefact)
+        _point_latest(folder)
+        return artefact
     renderer = Renderer(processor, family_of(model).visual_ids(model.config))
-    module = GateTrainer(model, gates, config.objective, config.trainer, seed=config.seed)
+    module: GateTrainer | MemoryTrainer
+    if gates.memory is None:
+        module = GateTrainer(model, gates, config.objective, config.trainer, seed=config.seed)
+    else:
+        module = MemoryTrainer(model, gates, config.memory_training, config.trainer, seed=config.seed)
     data = GateData(config.task, renderer, config.data, config.model.prompt_style, config.trainer.max_steps)
     tracking = Tracking(config.logger, folder, _name(config), settings(config), start)
     contexts = data.validation_contexts()
@@ -72,8 +84,33 @@ def run(config: TrainConfig) -> Path:
     return artefact
 
 
+def _fresh(config: TrainConfig, model: "PreTrainedModel") -> RetentionGates:
+    """New gates for the model."""
+    gates = RetentionGates.for_model(config.gate, model)
+    gates.training_record = _record(config)
+    if config.objective.initial_score is not None:
+        gates.start_at(config.objective.initial_score)
+    return gates
+
+
+def _with_memory(config: TrainConfig, model: "PreTrainedModel") -> RetentionGates:
+    """Trained gates, frozen, with a new memory beside them."""
+    gates = RetentionGates.from_pretrained(config.memory_training.gates or "outputs/latest/gates")
+    gates.check(model)
+    gates.requires_grad_(False)
+    gates.memory = RetentionMemory(config.memory, gates.shape)
+    gates.training_record["memory"] = {
+        **asdict(config.memory_training),
+        "steps": config.trainer.max_steps,
+        "seed": config.seed,
+    }
+    return gates.to(model.device).train()
+
+
 def _name(config: TrainConfig) -> str:
-    return f"{config.gate.name}-{config.task.name}-seed{config.seed}"
+    if config.memory.name != "none":
+        return f"memory-{config.memory.name}-{config.task.name}-seed{config.seed}"
+    return f"{config.objective.name}-{config.gate.name}-{config.task.name}-seed{config.seed}"
 
 
 def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEvictionValidation) -> L.Trainer:
@@ -81,7 +118,7 @@ def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEv
     saver = ModelCheckpoint(
         folder / "checkpoints", filename="{step}", every_n_train_steps=config.trainer.save_every, save_top_k=1
     )
-    lives = HalfLives(config.trainer.val_every, tracking.histogram)
+    lives = [HalfLives(config.trainer.val_every, tracking.histogram)] if config.objective.score_kind == "decay" else []
     return L.Trainer(
         max_steps=config.trainer.max_steps,
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
@@ -90,7 +127,7 @@ def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEv
         logger=tracking.loggers,
         log_every_n_steps=min(10, config.trainer.max_steps),
         num_sanity_val_steps=0,
-        callbacks=[best, lives, RandomState(), TQDMProgressBar(refresh_rate=10), saver],
+        callbacks=[best, *lives, RandomState(), TQDMProgressBar(refresh_rate=10), saver],
         enable_model_summary=False,
         default_root_dir=folder,
     )

@@ -10,30 +10,37 @@ from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
 from retention.data.render import Rendered, Renderer
 from retention.gates import RetentionGates
-from retention.policies import POLICIES
-from retention.tasks.answering import answer_turns, prefill
+from retention.policies import POLICIES, policy_of
+from retention.tasks.answering import answer_turns, prefill, read_on
 from retention.tasks.scorers import SCORERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCOPES = {"global": "db_trim_kv", "per_head": "trim_kv"}
+SCOPES = {"global": "global", "per_head": "uniform"}
+"""Allocators by the names that rows show."""
 
 
 @torch.no_grad()
 def hard_eviction_accuracy(
     model: "PreTrainedModel", gates: RetentionGates, rendered: Rendered, budgets: list[str], renderer: Renderer
 ) -> list[dict[str, Any]]:
-    """Rows of scope, budget and accuracy: the contexts are prefilled once and evicted at every budget."""
-    rows = []
+    """Rows of scope, budget and accuracy: the contexts are prefilled once and evicted at every budget.
+
+    By the policy that ranks by gates of their objective, in one pool and head by head.
+    """
+    rows, policy = [], POLICIES[policy_of(gates.objective)]
+    on_evict = "drop" if gates.memory is None else "memory"
     with evicting(model, POLICIES["full"](), CacheConfig(), gates=gates, extra_collectors=("gate",)) as cache:
         prefill(model, cache, rendered)
         rows.append(
             {"scope": "global", "budget": "full", "accuracy": _accuracy(model, cache.fork(), rendered, renderer)}
         )
         for budget in budgets:
-            for scope, policy in SCOPES.items():
-                fork = cache.fork(POLICIES[policy](), CacheConfig(budget=Budget.parse(budget)))
+            for scope, allocator in SCOPES.items():
+                fork = cache.fork(
+                    policy(), CacheConfig(budget=Budget.parse(budget), allocator=allocator, on_evict=on_evict)
+                )
                 fork.evict()
                 rows.append({"scope": scope, "budget": budget, "accuracy": _accuracy(model, fork, rendered, renderer)})
     return rows
@@ -41,6 +48,7 @@ def hard_eviction_accuracy(
 
 def _accuracy(model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered, renderer: Renderer) -> float:
     """Mean score of all turns, by each turn's own scorer."""
+    read_on(model, cache, rendered)
     tokens = answer_turns(model, cache, rendered, pad=renderer.pad)
     scores = [
         SCORERS[turn.scorer](renderer.decode(produced), turn.answer)

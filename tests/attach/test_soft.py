@@ -67,13 +67,13 @@ def test_gates_that_forget_change_the_output_and_are_recorded(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gated_attention_is_the_naive_form(monkeypatch, family):
     """The whole forward, with the fused attention swapped for the written-out one."""
-    import retention.attach.soft as soft
+    from retention.objectives import base
 
     model, gates, batch = model_of(family), gates_of(family), inputs_of(family, LENGTHS)
     with torch.no_grad():
         with attach_gates(model, gates):
             fused = run(model, batch)
-        monkeypatch.setattr(soft, "augmented_gated_attention", naive_gated_attention)
+        monkeypatch.setattr(base, "augmented_gated_attention", naive_gated_attention)
         with attach_gates(model, gates):
             naive = run(model, batch)
     assert (fused - naive)[batch["attention_mask"].bool()].abs().max() < 1e-5

@@ -10,7 +10,8 @@ from torch import Tensor
 from retention.gates import RetentionGates
 from retention.gates.trim import Trim
 from retention.policies import POLICIES, Policy
-from retention.policies.snapkv import SnapKV
+from retention.policies.collect import COLLECTORS
+from retention.policies.window import WindowPolicy
 from tests.tiny import IMAGE_TOKEN, VOCAB, tiny_llama, tiny_llava, tiny_qwen3
 
 FACTORIES = {"llama": tiny_llama, "qwen3": tiny_qwen3, "llava": tiny_llava}
@@ -20,8 +21,13 @@ STD = 0.15
 """Wide initial weights, so that attention is far from uniform."""
 
 
-@lru_cache
 def model_of(family: str = "llama") -> Any:
+    """The one model of a family; named or by default the same object."""
+    return _built(family)
+
+
+@lru_cache
+def _built(family: str) -> Any:
     return FACTORIES[family](initializer_range=STD)
 
 
@@ -37,15 +43,29 @@ def gates_of(family: str = "llama") -> RetentionGates:
     return gates.eval().requires_grad_(False)
 
 
+SMALL: dict[str, dict[str, int]] = {
+    "mada": {"proxies": 4},
+    "r_kv": {"window_size": 4, "kernel_size": 3},
+    "lagkv": {"lag_size": 3, "sinks": 2},
+}
+
+
 def small(name: str) -> Policy:
     """A policy with windows that fit prompts of twenty tokens."""
-    if name == "snapkv":
-        return SnapKV(window_size=4, kernel_size=3)
-    return POLICIES[name]()
+    kind = POLICIES[name]
+    if name in SMALL:
+        return kind(**SMALL[name])
+    return kind(window_size=4, kernel_size=3) if issubclass(kind, WindowPolicy) else kind()
 
 
 EVICTING = sorted(name for name, policy in POLICIES.items() if policy.evicts)
 DECODING = sorted(name for name in EVICTING if POLICIES[name].evicts_while_decoding)
+COLLECTED = tuple(sorted(set(COLLECTORS) - {"none", "keys_values"}))
+LASTING = {"gate"} | {name for name, collector in COLLECTORS.items() if collector is not None and collector.accumulates}
+ONE_FORWARD = {"window_moments", "query_moments"}
+"""Collectors that sum up the newest chunk of a prompt alone."""
+ANY_TIME = [name for name in DECODING if {*POLICIES[name]().collectors} <= {"none", "keys_values", *LASTING}]
+"""Policies whose statistics survive an eviction, so that they may be asked to evict at any time."""
 
 
 def tokens(rows: int, count: int, seed: int = 0) -> Tensor:

@@ -12,10 +12,13 @@ from torch import Tensor
 from retention import POLICIES, Budget, CacheConfig, EvictingCache, evicting
 from retention.attach.chunks import chunk_ends
 from tests.cache.helpers import (
+    ANY_TIME,
+    COLLECTED,
     DECODING,
     EVICTING,
     KV_HEADS,
     LAYERS,
+    ONE_FORWARD,
     Conversation,
     Oracle,
     gap,
@@ -126,7 +129,7 @@ def test_chunks_within_the_budget_equal_one_shot(name, chunk):
     assert torch.equal(results[0][2], results[1][2])
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", [n for n in EVICTING if not {*POLICIES[n]().collectors} & ONE_FORWARD])
 def test_a_chunk_end_with_nothing_over_budget_decides_nothing(name):
     ids, mask = left_padded(tokens(2, 20, seed=4), [20, 18])
     tables = []
@@ -224,7 +227,7 @@ def test_decoded_tokens_stay_without_evict_every():
         assert cache.kept_table()[..., 20:25].all()
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", ANY_TIME)
 def test_evict_on_request_while_decoding(name):
     """The caller may ask at any time; entries no query of a prompt saw have no statistics yet."""
     with opened(name, CacheConfig(Budget(6.0)), extra_collectors=("column_sums",)) as (cache, told):
@@ -270,7 +273,7 @@ def test_protected_above_the_budget():
     config = CacheConfig(Budget(0.1, "fraction"), sink_size=2, recent_size=3)
     with (
         opened("knorm", config) as (_, told),
-        pytest.raises(ValueError, match="5 protected, budget for 2; raise the budget or lower sink_size"),
+        pytest.raises(ValueError, match="5 protected, budget for 2; raise the budget, or lower sink_size"),
     ):
         told.feed(tokens(1, 20))
     config = CacheConfig(Budget(0.1, "fraction"), allocator="global", sink_size=2, recent_size=3)
@@ -502,7 +505,7 @@ def test_attention_received_follows_its_entries_through_an_eviction():
 
 # --- forks --------------------------------------------------------------------------------------------------
 
-FORKABLE = {"extra_collectors": ("gate", "window_rows", "column_sums"), "packed": True}
+FORKABLE = {"extra_collectors": COLLECTED, "packed": True}
 
 
 @pytest.mark.parametrize("positions", ["original", "packed"])

@@ -38,7 +38,7 @@ ANSWERS = tokens(2, 2 * STEPS, seed=3)
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_two_evictions_equal_the_masked_full_cache(name, scope, positions):
     model, oracle, packed = model_of(), Oracle(), positions == "packed"
-    config = CacheConfig(Budget(float(BUDGET)), positions=positions, **SCOPES[scope])
+    config = CacheConfig(Budget(float(BUDGET)), positions=positions, on_evict="drop", **SCOPES[scope])
     with evicting(model, small(name), config, gates=gates_of()) as cache:
         told = Conversation(model, cache)
         for turn, (ids, mask) in enumerate((PROMPT, QUESTION)):
@@ -75,7 +75,7 @@ def test_other_families(family, positions):
 @pytest.mark.parametrize("name", [n for n in EVICTING if POLICIES[n].evicts_while_decoding])
 def test_eviction_every_third_token(name, positions):
     model, oracle = model_of(), Oracle()
-    config = CacheConfig(Budget(float(BUDGET)), positions=positions, evict_every=3)
+    config = CacheConfig(Budget(float(BUDGET)), positions=positions, evict_every=3, on_evict="drop")
     with evicting(model, small(name), config, gates=gates_of()) as cache:
         told = Conversation(model, cache)
         ids, mask = PROMPT

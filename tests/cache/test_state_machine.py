@@ -1,14 +1,19 @@
 """Random conversations: whatever the order of calls, the cache keeps its promises."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from retention import Budget, CacheConfig, evicting
+from retention.cache import storage
 from tests.cache.helpers import (
-    DECODING,
+    ANY_TIME,
     KV_HEADS,
+    LASTING,
     LAYERS,
     Conversation,
     gates_of,
@@ -24,11 +29,42 @@ BUDGET, SINKS, RECENT = 6, 1, 2
 ROWS = 2
 
 
+def assert_layout(store):
+    """Counts, pages, owners and loose entries tell one story."""
+    if store.counts is None:
+        assert not store.pages
+        assert store.front == 0
+        return
+    total = int(store.counts.sum())
+    assert len(store.entries.positions) == total
+    assert store.entries.log_beta is None or len(store.entries.log_beta) == total
+    assert store.entries.coordinates is None or store.entries.coordinates.shape[1] == total
+    assert store.longest >= int(store.counts.max())
+    assert not store.uniform or bool((store.counts == store.longest).all())
+    loose = store.loose_counts()
+    assert (loose >= 0).all()
+    if store.page_counts is None:
+        assert store.owner is None
+        assert not store.pages
+    else:
+        assert torch.equal(store.page_counts, store.counts // storage.PAGE)
+        assert torch.equal(store.owner, torch.repeat_interleave(store.page_counts.flatten()))
+        assert store.longest_pages >= int(store.page_counts.max())
+        assert [len(x) for x in store.pages] == [int(store.page_counts.sum())] * 2
+    if store.loose:
+        assert store.front == store.tail == 0
+        assert [len(x) for x in store.loose] == [int(loose.sum())] * 2
+    else:
+        assert store.front >= int(loose.max())
+    assert len({(buffer.used, buffer.data.shape[:2]) for buffer in store.buffers}) == 1
+    assert store.log_beta is None or store.log_beta.used == store.tail
+
+
 class CacheMachine(RuleBasedStateMachine):
     """One source cache and at most one fork at a time; `told` is the one that is fed."""
 
     @initialize(
-        name=st.sampled_from(DECODING),
+        name=st.sampled_from(ANY_TIME),
         scope=st.sampled_from(["uniform", "global"]),
         positions=st.sampled_from(["original", "packed"]),
         every=st.sampled_from([None, 1, 3]),
@@ -46,17 +82,20 @@ class CacheMachine(RuleBasedStateMachine):
             sink_size=SINKS,
             recent_size=RECENT,
         )
-        self.context = evicting(
-            model_of(), small(name), self.config, gates=gates_of(), extra_collectors=("gate", "column_sums")
-        )
-        self.cache = self.context.__enter__()
-        self.told = Conversation(model_of(), self.cache)
+        self.name = name
+        self.told = Conversation(model_of(), self.open())
+        self.places = [[] for _ in range(ROWS)]
         self.seen = torch.zeros(ROWS, dtype=torch.long)
         self.fed = self.draws = 0
         self.held = self.asked = False
         self.previous = torch.zeros(LAYERS, ROWS, KV_HEADS, dtype=torch.long)
         self.source = None
         self.feed(length, short)
+
+    def open(self):
+        collected = {"extra_collectors": LASTING}
+        self.context = evicting(model_of(), small(self.name), self.config, gates=gates_of(), **collected)
+        return self.context.__enter__()
 
     def feed(self, count, short):
         cache = self.told.cache
@@ -73,6 +112,50 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(count=st.integers(2, 9), short=st.integers(1, 9))
     def append(self, count, short):
         self.feed(count, short)
+
+    @precondition(lambda self: max(map(len, self.places)) < 2)
+    @rule(count=st.integers(2, 9), short=st.integers(1, 9), which=st.integers(0, 8))
+    def append_protected(self, count, short, which):
+        wanted = torch.zeros(ROWS, count, dtype=torch.bool)
+        wanted[:, min(which, count - 1)] = True
+        self.told.cache.protect(wanted)
+        start = self.seen
+        self.feed(count, short)
+        new = self.told.mask[:, -count:]
+        for row in range(ROWS):
+            if new[row, min(which, count - 1)]:
+                self.places[row] = [*self.places[row], int(start[row] + new[row, : min(which, count - 1)].sum())]
+
+    @rule(rows=st.sampled_from([[1, 0], [0, 0], [1, 1]]))
+    def reorder(self, rows):
+        before = self.told.cache.kept_table()
+        self.told.cache.reorder_cache(torch.tensor(rows))
+        assert torch.equal(self.told.cache.kept_table(), before[:, rows])
+        self.told.mask, self.seen = self.told.mask[rows], self.seen[rows]
+        self.places = [self.places[row] for row in rows]
+        self.added = None if self.added is None else self.added[:, rows]
+
+    @precondition(lambda self: self.source is None and not self.held)
+    @rule()
+    def save_and_restore(self):
+        """Into a fresh cache of another block; forks of both go on alike."""
+        old = self.told.cache
+        self.context.__exit__(None, None, None)
+        new = self.open()
+        with tempfile.TemporaryDirectory() as folder:
+            old.save(Path(folder) / "saved")
+            new.restore(Path(folder) / "saved")
+        results = []
+        for cache in (old.fork(), new.fork()):
+            twin = Conversation(model_of(), cache)
+            twin.mask = self.told.mask
+            logits = [twin.feed(tokens(ROWS, count, seed=99)) for count in (1, 3, 1)]
+            results.append([*logits, cache.kept_table(), cache.trigger.since_eviction])
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:-1], results[1][:-1], strict=True))
+        assert results[0][-1] == results[1][-1]
+        mask, self.told = self.told.mask, Conversation(model_of(), new)
+        self.told.mask = mask
+        self.asked, self.added = False, None
 
     @rule()
     def decode(self):
@@ -98,12 +181,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.held = self.asked = False
 
     @precondition(lambda self: self.source is None and not self.held)
-    @rule(same=st.booleans(), name=st.sampled_from(DECODING))
+    @rule(same=st.booleans(), name=st.sampled_from(ANY_TIME))
     def fork(self, same, name):
         cache = self.told.cache
-        can = name in ("h2o", "trim_kv", "db_trim_kv") and not cache.extra_collectors
+        can = bool(LASTING & {*small(name).collectors}) and not cache.extra_collectors
         twin = cache.fork() if same or can else cache.fork(small(name), self.config)
-        self.source = (self.told, self.seen, self.fed, [x.clone() for g in cache.tensors().values() for x in g])
+        self.source = (
+            self.told,
+            self.seen,
+            self.fed,
+            list(self.places),
+            [x.clone() for g in cache.tensors().values() for x in g],
+        )
         mask, self.told = self.told.mask, Conversation(model_of(), twin)
         self.told.mask = mask
         self.asked, self.added = False, None
@@ -112,7 +201,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.source is not None and not self.held)
     @rule()
     def back_to_the_source(self):
-        self.told, self.seen, self.fed, before = self.source
+        self.told, self.seen, self.fed, self.places, before = self.source
         after = [x for g in self.told.cache.tensors().values() for x in g]
         assert len(before) == len(after)
         assert all(same(a, b) for a, b in zip(before, after, strict=True))
@@ -142,8 +231,10 @@ class CacheMachine(RuleBasedStateMachine):
             assert table[:, row, :, : min(SINKS, seen)].all()
             assert table[:, row, :, max(0, seen - RECENT) : seen].all()
             assert not table[:, row, :, seen:].any()
+            assert table[:, row, :, self.places[row]].all()
         for layer in cache.evicting_layers:
             state = layer.state()
+            assert_layout(layer.store)
             for row in range(ROWS):
                 for head in range(KV_HEADS):
                     places = state.positions[row, head][state.valid[row, head]]
@@ -156,7 +247,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(
     max_examples=15,
-    stateful_step_count=10,
+    stateful_step_count=12,
     deadline=None,
     derandomize=True,
     database=None,

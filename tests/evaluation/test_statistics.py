@@ -9,6 +9,7 @@ from retention.evaluation.statistics import (
     bootstrap_interval,
     holm,
     paired_difference,
+    paired_p_value,
     retention_interval,
     summarise,
 )
@@ -102,6 +103,26 @@ def test_retention_interval_is_one_for_the_full_cache() -> None:
     assert retention_interval(scores, scores) == (1.0, 1.0)
     low, high = retention_interval(scores / 2, scores)
     assert low == high == pytest.approx(0.5)
+
+
+def test_sign_flips_tell_a_steady_gap_from_noise_and_from_nothing() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=40)
+    assert paired_p_value(noise, noise) == 1.0
+    assert paired_p_value(noise + 0.2, noise) == 1 / 20_001
+    assert paired_p_value(noise + rng.normal(size=40), noise) > 0.05
+
+
+def test_sign_flips_are_exact_on_few_contexts_and_average_seeds() -> None:
+    one = paired_p_value([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
+    assert abs(one - 2 / 8) < 0.01
+    assert paired_p_value([[1.0, 1.0, 1.0], [1.0, 1.0, np.nan]], [0.0, 0.0, 0.0]) == one
+
+
+def test_sign_flips_are_fair_where_nothing_differs() -> None:
+    rng = np.random.default_rng(1)
+    found = [paired_p_value(*rng.normal(size=(2, 30)), flips=500) for _ in range(400)]
+    assert 0.02 < np.mean(np.array(found) < 0.05) < 0.09
 
 
 def test_holm_adjusts_step_down_in_the_given_order() -> None:

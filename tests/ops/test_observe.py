@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retention.ops import observe
-from retention.ops.observe import attention_rows, column_sums, naive_column_sums, window_rows
+from retention.ops.observe import attention_rows, column_sums, naive_column_sums, peak_rows, window_rows
 
 SCALING = 0.4
 
@@ -78,3 +78,11 @@ def test_half_precision_inputs_are_summed_in_fp32():
     found = column_sums(q.bfloat16(), k.bfloat16(), visible, SCALING)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, naive_column_sums(q.bfloat16().float(), k.bfloat16().float(), visible, SCALING))
+
+
+def test_peak_rows_are_the_softmax_of_the_largest_logit_of_a_group():
+    q, k, visible = draw()
+    found = peak_rows(q, k, visible, SCALING, 4)
+    logits = torch.stack([SCALING * q[:, head].double() @ k[:, head // 2].double().mT for head in range(6)], 1)
+    weights = logits.unflatten(1, (3, 2)).amax(2)[:, :, -4:].exp() * visible[:, :, -4:]
+    torch.testing.assert_close(found.double(), weights / weights.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)

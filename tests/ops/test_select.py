@@ -303,6 +303,14 @@ def test_one_set_per_layer_refuses_heads_of_different_content():
         keep_per_layer(ranked, counts([[1, 1]]))
 
 
+def test_one_set_per_layer_ignores_what_lies_in_holes():
+    ranked = ranking([[[1, 2, 9], [3, 4, 9]]], positions=[[[0, 5, 7], [0, 5, 8]]], valid=[[[1, 1, 0], [1, 1, 0]]])
+    assert kept(keep_per_layer(ranked, counts([[1, 1]]))) == [[[1], [1]]]
+    ranked = ranking([[[1, 2], [3, 4]]], valid=[[[1, 1], [1, 0]]])
+    with pytest.raises(ValueError, match="selector 'layer'"):
+        keep_per_layer(ranked, counts([[1, 1]]))
+
+
 def test_threshold_keeps_what_reaches_it_and_what_is_protected():
     ranked = ranking([[[0.4, 0.5, 0.6, 0.1, 0.9]]], protected=[[[0, 0, 0, 1, 0]]], valid=[[[1, 1, 1, 1, 0]]])
     assert kept(keep_threshold(ranked, 0.5)) == [[[1, 2, 3]]]

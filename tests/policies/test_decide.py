@@ -119,7 +119,7 @@ SCOPES = {
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("name", EVICTING)
 def test_protected_entries_stay_inside_the_budget(name, scope):
-    marked = [4, 6]
+    marked = [3, 6]
     layers = states(visual=[3, 4], protected=marked)
     budgets = torch.tensor([8, 8])
     masks = kept(name, layers, budgets, **SCOPES[scope])

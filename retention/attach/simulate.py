@@ -1,0 +1,145 @@
+"""One forward that behaves as if a context had been evicted before its questions came, differentiable in the memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from retention.attach.facts import attached, register_attention
+from retention.cache.recall import attention_with_lse, watched
+from retention.memory import Evicted, MemoryLayer, RetentionMemory
+from retention.models.family import decoder_of, model_shape
+from retention.ops.observe import window_rows
+from retention.policies.collect import WINDOW
+from retention.types import KVState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "retention_simulate"
+
+
+@dataclass
+class SimulatedEviction:
+    """A decision about the context of every row: what each head keeps of it when the first question comes."""
+
+    kept: Bool[Tensor, "layers batch kv_heads tokens"]
+    context: Bool[Tensor, "batch tokens"]
+    """Real tokens before the eviction."""
+    valid: Bool[Tensor, "batch tokens"]
+    states: list[KVState]
+    """What the policy saw, by layer."""
+    scores: list[Float[Tensor, "batch kv_heads tokens"]]
+
+    @property
+    def first(self) -> int:
+        """The first column behind any row's context."""
+        columns = torch.arange(self.context.shape[1], device=self.context.device)
+        return int(torch.where(self.context, columns, -1).amax(1).min()) + 1
+
+    def later(self) -> Bool[Tensor, "batch queries"]:
+        """Which columns from `first` on come after their row's eviction."""
+        return (self.valid & ~self.context)[:, self.first :]
+
+    def visible(self, layer: int | None) -> Bool[Tensor, "batch kv_heads queries tokens"]:
+        """What the queries from `first` on may see: everything before them, or with a layer what that layer holds."""
+        columns = torch.arange(self.valid.shape[1], device=self.valid.device)
+        past = (columns <= columns[self.first :, None]) & self.valid[:, None]
+        whole = past[:, None].expand(-1, self.kept.shape[2], -1, -1)
+        held = self.context[:, None] & ~self.kept[0 if layer is None else layer]
+        return whole if layer is None else whole & ~held[:, :, None]
+
+    def evicted(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Evicted:
+        """What leaves a layer, with entropy and attention as the last rows before the eviction saw it."""
+        state = self.states[layer]
+        with torch.no_grad():
+            columns = torch.arange(self.first, device=keys.device)
+            rows = slice(max(0, self.first - WINDOW), self.first)
+            seen = (columns <= columns[rows, None]) & self.valid[:, None, : self.first]
+            seen = seen[:, None].expand(-1, keys.shape[1], -1, -1)
+            observed = window_rows(query[:, :, rows], keys[:, :, : self.first], seen, scaling, WINDOW)
+            observed = torch.nn.functional.pad(observed, (0, keys.shape[2] - self.first))
+            entropy, attention = watched(KVState(**{**_fields(state), "statistics": {"window_rows": observed}}))
+        leaving = self.context[:, None] & ~self.kept[layer]
+        return Evicted(keys, values, leaving, state.visual, self.scores[layer], entropy, attention, scaling)
+
+
+def _fields(state: KVState) -> dict[str, Any]:
+    names = ("load", "positions", "valid", "visual", "protected", "seen", "log_beta", "statistics", "layer")
+    return {name: getattr(state, name) for name in names}
+
+
+def after_eviction(
+    memory: MemoryLayer | None,
+    eviction: SimulatedEviction,
+    layer: int,
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    scaling: float,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Output and log-sum-exp of the queries from `eviction.first` on, with a memory of what left if there is one."""
+    later = query[:, :, eviction.first :]
+    out, lse = attention_with_lse(later, keys, values, eviction.visible(layer), scaling)
+    if memory is None:
+        return out, lse
+    state = memory.absorb(
+        memory.empty(keys.shape[0], keys.device), eviction.evicted(layer, query, keys, values, scaling)
+    )
+    return memory.read_with_mass(state, later, out, lse, scaling)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def simulating_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    retention_simulate: Attend | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' interface: SDPA, but queries behind the eviction see what is left."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if retention_simulate is None:
+        return out, None
+    later = retention_simulate(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return torch.cat([out[:, : out.shape[1] - later.shape[2]], later.transpose(1, 2)], 1), None
+
+
+@contextmanager
+def simulate_eviction(
+    model: "PreTrainedModel", eviction: SimulatedEviction, memory: RetentionMemory | None
+) -> Iterator[None]:
+    """Inside, forwards of the same inputs run as if evicted; on exit the model is exactly as before."""
+    numbers: dict[int, int] = {layer: i for i, layer in enumerate(model_shape(model).layers)}
+
+    def before_attention(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        number = numbers[module.layer_idx]
+        layer = None if memory is None else memory.layer(number)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            return after_eviction(layer, eviction, number, query, key, value, scaling)[0]
+
+        return args, {**kwargs, "retention_simulate": attend}
+
+    register_attention(NAME, simulating_attention)
+    decoder = decoder_of(model)
+    with ExitStack() as stack:
+        stack.enter_context(attached(model, NAME))
+        for layer in numbers:
+            hook = decoder.layers[layer].self_attn.register_forward_pre_hook(before_attention, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
