@@ -50,11 +50,11 @@ class Plan:
     batch: int = 8
     budget: str = "5%"
     threads: tuple[int, ...] = (1, 2)
-    rounds: int = 8
+    rounds: int = 6
     tokens: int = 8
     curve_contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     curve_budgets: tuple[str, ...] = ("1%", "2.5%", "5%", "10%", "25%", "50%", "100%")
-    curve_rounds: int = 5
+    curve_rounds: int = 3
     curve_tokens: int = 4
     cycles: int = 3
     prefill: int = 16384

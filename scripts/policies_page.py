@@ -69,14 +69,16 @@ def _tgv(found: Any) -> list[tuple[str, str, str]]:
     if not any(key[2] == "tgv_kv" for key in found.cells):
         return []
     told = []
-    for claim, protocol, turns, near in (
-        ("near-lossless at 5% when the question is in the prompt, on that question", "aware", slice(0, 1), True),
-        ("failing at 5% on later questions although the first was in the prompt", "aware", LATER, False),
-        ("failing at 5% when no question is in the prompt", "agnostic", slice(None), False),
+    seen = slice(0, 1)
+    for claim, protocol, turns, near, budget in (
+        ("near-lossless at 5% when the question is in the prompt, on that question", "aware", seen, True, "5%"),
+        ("near-lossless at 20%, where the text of these prompts fits, on that question", "aware", seen, True, "20%"),
+        ("failing at 5% on later questions although the first was in the prompt", "aware", LATER, False, "5%"),
+        ("failing at 5% when no question is in the prompt", "agnostic", slice(None), False, "5%"),
     ):
         shares = {}
         for task in dict.fromkeys(key[0] for key in found.cells if not key[0].startswith(("text_heavy", "recall"))):
-            key, full = (task, protocol, "tgv_kv", "5%"), (task, protocol, "full", "100%")
+            key, full = (task, protocol, "tgv_kv", budget), (task, protocol, "full", "100%")
             if key in found.scores and found.scores[full][turns].size and found.scores[full][turns].mean() > 0:
                 shares[task] = float(found.scores[key][turns].mean() / found.scores[full][turns].mean())
         held = [share >= LOSSLESS if near else share < FAILING for share in shares.values()]

@@ -51,7 +51,7 @@ TASK_OF = {"ask_subset": "ask_subset", "plain": "needles"}
 BUDGETS = ("50%", "20%", "10%", "5%", "2.5%")
 PROTOCOLS = ("agnostic", "aware")
 DRAWN = ("ask_subset", "needles", "recall", "majority", "text_heavy")
-LINES = 6
+LINES = 5
 QUICK = ["examples=2", "batch_size=2", "quota_examples=2"]
 Cell = dict[str, Any]
 Key = tuple[str, str, str, str]

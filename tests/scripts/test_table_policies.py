@@ -138,7 +138,7 @@ def test_tgv_kv_is_judged_by_the_turn_it_saw(script, told):
     levels = {"full": 0.98, "tgv_kv": 0.2}
     found = made_up(script, levels, protocol="aware", first={"tgv_kv": 1.0})
     verdicts = {claim: said for claim, said, _ in told.claims(found) if claim.startswith("TGV")}
-    near, later, blind, images = verdicts.values()
+    near, _, later, blind, images = verdicts.values()
     assert (near, later, blind, images) == ("confirmed", "confirmed", "not measured", "not measured")
     found = made_up(script, levels | {"tgv_kv": 0.97}, protocol="agnostic")
     assert [said for claim, said, _ in told.claims(found) if "no question" in claim] == ["refuted"]
