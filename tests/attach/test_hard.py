@@ -13,6 +13,7 @@ from tests.tiny import IMAGE_TOKEN, tiny_llama
 
 LENGTHS = [16, 11]
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+SAMPLING = OPTIONS | {"do_sample": True, "temperature": 1.5}
 AMPLE = CacheConfig(Budget(64.0))
 
 
@@ -34,6 +35,34 @@ def test_within_the_budget_generation_is_stock_to_the_bit(family, name):
     assert torch.equal(out.sequences, stock.sequences)
     for ours, theirs in zip(out.logits, stock.logits, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "global"])
+@pytest.mark.parametrize("name", ["knorm", "db_trim_kv"])
+def test_sampling_within_the_budget_draws_stocks_tokens(name, allocator):
+    model, batch = model_of(), inputs_of("llama", LENGTHS)
+    torch.manual_seed(7)
+    stock = model.generate(**batch, **SAMPLING)
+    with evicting(model, small(name), CacheConfig(Budget(64.0), allocator=allocator), gates=gates_of()) as cache:
+        torch.manual_seed(7)
+        out = model.generate(**batch, past_key_values=cache, **SAMPLING)
+    assert torch.equal(out.sequences, stock.sequences)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(out.logits, stock.logits, strict=True))
+    torch.manual_seed(8)
+    assert not torch.equal(model.generate(**batch, **SAMPLING).sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "global"])
+def test_sampling_below_the_budget_repeats_with_its_seed(allocator):
+    model, batch = model_of(), inputs_of("llama", LENGTHS)
+    config, drawn = CacheConfig(Budget(4.0), allocator=allocator, evict_every=2), []
+    for seed in (7, 7, 8):
+        with evicting(model, small("db_trim_kv"), config, gates=gates_of()) as cache:
+            torch.manual_seed(seed)
+            drawn.append(model.generate(**batch, past_key_values=cache, **SAMPLING).sequences)
+            assert cache.kept().sum((0, 2)).tolist() == [4 * 6] * 2
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
