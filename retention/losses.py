@@ -63,22 +63,27 @@ def capacity_loss(
     *,
     scope: str = "global",
     norm: str = "exact",
+    reduction: str = "mean",
 ) -> Pair:
     """Hinge on expected cache size above the budget, meaned over eligible queries (those past the budget).
 
     `scope: local` holds every head to the budget (arXiv 2512.03324), `global` only their mean (arXiv 2605.09649).
     `norm: exact` divides by `t + 1 - M`: in [0, 1], and 1 when nothing is forgotten; `public` by
-    `max(1, t - M)` per head as the public code does; `budget` by M, which weighs long contexts more.
+    `max(1, t - M)` per head as the public code does; `budget` by M, which weighs long contexts more; `paper` by
+    t + 1 as the paper writes it. `reduction: active_mean` divides a sequence's sum by the number of its violations,
+    without a gradient, as the public code does: about as strong for the last violation as for all of them.
     Sequences not longer than their budget contribute (0, 0).
     """
     t, limit = queries.float(), budget[:, None]
     eligible = t >= limit
     if scope == "global":
         sizes = sizes.mean((0, 2), keepdim=True)
-    scale = {"exact": t + 1 - limit, "public": (t - limit).clamp(min=1), "budget": limit.expand_as(t)}[norm].clamp(
-        min=1e-6
-    )
+    public = (t - limit).clamp(min=1)
+    scales = {"exact": t + 1 - limit, "public": public, "budget": limit.expand_as(t), "paper": t + 1}
+    scale = scales[norm].clamp(min=1e-6)
     excess = (sizes - limit[None, :, None]).clamp(min=0) / scale[None, :, None] * eligible[None, :, None]
-    heads = sizes.shape[0] * sizes.shape[2]
-    per_row = excess.sum((0, 2, 3)) / (eligible.sum(-1).clamp(min=1) * heads)
+    counted = eligible.sum(-1) * sizes.shape[0] * sizes.shape[2]
+    if reduction == "active_mean":
+        counted = (excess.detach() > 0).sum((0, 2, 3))
+    per_row = excess.sum((0, 2, 3)) / counted.clamp(min=1)
     return per_row.sum(), eligible.any(-1).float().sum()

@@ -57,6 +57,14 @@ class KVState:
     layer: int = 0
     evidence: Bool[Tensor, "batch kv_heads keys"] | None = None
     """Entries that answer the questions, where they were named."""
+    layers: int = 1
+    """How many layers there are."""
+    looked: Callable[[], Bool[Tensor, "batch positions"]] | None = None
+    """Which sequence positions are visual, also of tokens that left."""
+    allowance: Int[Tensor, "batch kv_heads"] | None = None
+    """Entries that each head may hold by now, in proportion to what the last prompt left; for rules for decoding."""
+    suffix: Bool[Tensor, "batch kv_heads keys"] | None = None
+    """Prompts' text behind their last visual token; for rules for decoding."""
 
     @cached_property
     def _loaded(self) -> tuple[Tensor, Tensor]:

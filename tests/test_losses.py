@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from retention.losses import capacity_loss, distillation_terms
+from retention.ops.capacity import expected_size, naive_expected_size, sample_queries
 from retention.types import LossTerms
 
 WIDTH, VOCAB = 6, 11
@@ -148,6 +149,8 @@ def test_the_loss_is_the_weighted_sum_of_the_means():
     assert number(terms.loss()) == 13.0
 
 
+every_norm = pytest.mark.parametrize("norm", ["exact", "public", "budget", "paper"])
+every_reduction = pytest.mark.parametrize("reduction", ["mean", "active_mean"])
 QUERIES = torch.tensor([[3, 6, 9, 12], [5, 6, 7, 8]])
 BUDGET = torch.tensor([4.0, 2.5])
 
@@ -158,7 +161,7 @@ def sizes(seed=0, layers=2, kv_heads=3):
     return 1 + torch.rand(layers, 2, kv_heads, 4, generator=g) * QUERIES[None, :, None]
 
 
-def dense_capacity(values, queries, budget, scope, norm):
+def dense_capacity(values, queries, budget, scope, norm, reduction="mean"):
     """Total and count, element by element, float64."""
     values, total, rows = values.double(), torch.zeros((), dtype=torch.double), 0
     layers, batch, kv_heads, _ = values.shape
@@ -167,23 +170,25 @@ def dense_capacity(values, queries, budget, scope, norm):
         for j, t in enumerate(queries[row].tolist()):
             if t < limit:
                 continue
-            scale = {"exact": t + 1 - limit, "public": max(1.0, t - limit), "budget": limit}[norm]
+            scale = {"exact": t + 1 - limit, "public": max(1.0, t - limit), "budget": limit, "paper": t + 1}[norm]
             if scope == "global":
                 held = [values[:, row, :, j].mean()]
             else:
                 held = [values[layer, row, h, j] for layer in range(layers) for h in range(kv_heads)]
             row_terms += [((x - limit).clamp(min=0) / scale) for x in held]
         if row_terms:
-            total, rows = total + torch.stack(row_terms).mean(), rows + 1
+            active = max(1, sum(number(x) > 0 for x in row_terms)) if reduction == "active_mean" else len(row_terms)
+            total, rows = total + torch.stack(row_terms).sum() / active, rows + 1
     return total, rows
 
 
-@pytest.mark.parametrize("norm", ["exact", "public", "budget"])
+@every_norm
+@every_reduction
 @pytest.mark.parametrize("scope", ["global", "local"])
-def test_capacity_and_its_gradient_equal_the_dense_formula(scope, norm):
+def test_capacity_and_its_gradient_equal_the_dense_formula(scope, norm, reduction):
     ours, truth = sizes().requires_grad_(), sizes().requires_grad_()
-    total, count = capacity_loss(ours, QUERIES, BUDGET, scope=scope, norm=norm)
-    expected, rows = dense_capacity(truth, QUERIES, BUDGET, scope, norm)
+    total, count = capacity_loss(ours, QUERIES, BUDGET, scope=scope, norm=norm, reduction=reduction)
+    expected, rows = dense_capacity(truth, QUERIES, BUDGET, scope, norm, reduction)
     total.backward()
     expected.backward()
     assert number(total) == pytest.approx(number(expected), rel=1e-5)
@@ -191,15 +196,18 @@ def test_capacity_and_its_gradient_equal_the_dense_formula(scope, norm):
     torch.testing.assert_close(ours.grad, truth.grad, rtol=1e-5, atol=1e-7)
 
 
+@every_norm
+@every_reduction
 @pytest.mark.parametrize("scope", ["global", "local"])
-def test_capacity_is_zero_exactly_when_no_size_exceeds_the_budget(scope):
+def test_capacity_is_zero_exactly_when_no_size_exceeds_the_budget(scope, norm, reduction):
+    form = {"scope": scope, "norm": norm, "reduction": reduction}
     limit = BUDGET[None, :, None, None]
     within = torch.minimum(sizes(), limit)
-    assert number(capacity_loss(within, QUERIES, BUDGET, scope=scope)[0]) == 0.0
+    assert number(capacity_loss(within, QUERIES, BUDGET, **form)[0]) == 0.0
     at_limit = limit.expand_as(within).clone()
-    assert number(capacity_loss(at_limit, QUERIES, BUDGET, scope=scope)[0]) == 0.0
+    assert number(capacity_loss(at_limit, QUERIES, BUDGET, **form)[0]) == 0.0
     at_limit[1, 1, 2, 3] += 0.01
-    assert number(capacity_loss(at_limit, QUERIES, BUDGET, scope=scope)[0]) > 0.0
+    assert number(capacity_loss(at_limit, QUERIES, BUDGET, **form)[0]) > 0.0
 
 
 def test_a_query_at_the_budget_is_counted():
@@ -216,17 +224,19 @@ def test_global_scope_lets_one_head_hold_more_when_another_holds_less():
     assert number(capacity_loss(uneven, QUERIES, BUDGET, scope="local")[0]) > 0.0
 
 
+@every_reduction
 @pytest.mark.parametrize("scope", ["global", "local"])
-def test_capacity_is_one_when_nothing_is_forgotten(scope):
+def test_capacity_is_one_when_nothing_is_forgotten(scope, reduction):
     everything = (QUERIES + 1.0)[None, :, None].expand(2, 2, 3, 4)
-    total, count = capacity_loss(everything, QUERIES, BUDGET, scope=scope, norm="exact")
+    total, count = capacity_loss(everything, QUERIES, BUDGET, scope=scope, norm="exact", reduction=reduction)
     assert number(total / count) == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["exact", "public", "budget"])
-def test_local_equals_global_when_all_heads_are_equal(norm):
-    equal = sizes()[:1, :, :1].expand(2, 2, 3, 4)
-    local, glob = (capacity_loss(equal, QUERIES, BUDGET, scope=scope, norm=norm) for scope in ("local", "global"))
+@every_norm
+@every_reduction
+def test_local_equals_global_when_all_heads_are_equal(norm, reduction):
+    equal, form = sizes()[:1, :, :1].expand(2, 2, 3, 4), {"norm": norm, "reduction": reduction}
+    local, glob = (capacity_loss(equal, QUERIES, BUDGET, scope=scope, **form) for scope in ("local", "global"))
     assert number(local[0]) > 0
     torch.testing.assert_close(local, glob)
 
@@ -236,7 +246,7 @@ def test_local_is_never_below_global():
     assert local >= glob > 0
 
 
-@pytest.mark.parametrize("norm", ["exact", "public", "budget"])
+@every_norm
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_a_sequence_within_its_budget_contributes_nothing(scope, norm):
     queries = torch.tensor([[3, 6, 9, 12], [5, 5, 5, 5]])
@@ -249,3 +259,35 @@ def test_a_sequence_within_its_budget_contributes_nothing(scope, norm):
     assert gradient[:, 1].abs().max() == 0
     nothing = capacity_loss(values[:, 1:], queries[1:], torch.tensor([6.0]), scope=scope, norm=norm)
     assert [number(x) for x in nothing] == [0.0, 0.0]
+
+
+def test_over_violations_the_last_one_weighs_as_much_as_all_of_them():
+    """The count carries no gradient."""
+    pulls = []
+    for violated in (1, 3):
+        values = BUDGET[None, :, None, None].expand(1, 2, 1, 4) - 1.0
+        values[0, 1, 0, :violated] += 2.0
+        values.requires_grad_()
+        capacity_loss(values, QUERIES, BUDGET, norm="budget", reduction="active_mean")[0].backward()
+        pulls.append(number(values.grad.sum()))
+    assert pulls == [pytest.approx(1 / 2.5)] * 2
+
+
+def test_the_mean_at_all_queries_is_what_samples_average_to():
+    """K = all positions is the mean itself; fewer are unbiased for it, and for violations they are not."""
+    g = torch.Generator().manual_seed(0)
+    log_beta, budget, lengths = -torch.rand(1, 2, 24, generator=g) * 0.8, torch.tensor([4.0]), torch.tensor([24])
+    positions = torch.arange(24)[None]
+
+    def loss(queries, reduction="mean"):
+        return number(
+            capacity_loss(expected_size(log_beta, positions, queries)[None], queries, budget, reduction=reduction)[0]
+        )
+
+    whole = loss(positions)
+    truth = naive_expected_size(log_beta[0], positions[0]).mean(0)[4:]
+    assert whole == pytest.approx(number(((truth - 4).clamp(min=0) / (positions[0, 4:] - 3)).mean()), rel=1e-5)
+    assert loss(sample_queries(lengths, budget, 20, g)) == pytest.approx(whole, rel=1e-5), "one in each of 20 strata"
+    drawn = [sample_queries(lengths, budget, 3, g) for _ in range(1500)]
+    assert sum(map(loss, drawn)) / 1500 == pytest.approx(whole, rel=0.01)
+    assert abs(sum(loss(q, "active_mean") for q in drawn) / 1500 / loss(positions, "active_mean") - 1) > 0.02

@@ -40,6 +40,18 @@ class Capture:
     valid: Bool[Tensor, "batch tokens"] | None = None
     visual: Bool[Tensor, "batch tokens"] | None = None
     positions: Int[Tensor, "batch tokens"] | None = None
+    places: Int[Tensor, "batch tokens 4"] | None = None
+    """Image, frame, row and column of patches, if known."""
+
+    def context(self) -> Bool[Tensor, "batch tokens"]:
+        """What comes before the questions: everything up to a row's last visual token, or two thirds of a text."""
+        valid, visual = self.valid, self.visual
+        assert valid is not None
+        assert visual is not None
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        last = torch.where(visual & valid, columns, -1).amax(1)
+        text = (valid.cumsum(1) * 3 >= valid.sum(1, keepdim=True) * 2).long().argmax(1)
+        return valid & (columns <= torch.where(last >= 0, last, text)[:, None])
 
 
 def capturing_attention(
@@ -76,13 +88,15 @@ def capture_attention(model: "PreTrainedModel", gates: RetentionGates | None = N
         found.valid = valid_tokens(kwargs.get("attention_mask"), batch, tokens, inputs.device)
         found.positions = token_positions(found.valid)
         found.visual = facts.take(batch, tokens, inputs.device)
+        found.places = facts.places(batch, tokens, inputs.device)
 
     @torch.no_grad()
     def before_attention(
         module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if gates is not None:
-            found.log_beta.append(gates(layers.index(module.layer_idx), kwargs["hidden_states"]))
+            beside = {"visual": found.visual, "valid": found.valid}
+            found.log_beta.append(gates(layers.index(module.layer_idx), kwargs["hidden_states"], **beside))
         return args, {**kwargs, "retention_capture": found}
 
     register_attention(NAME, capturing_attention)

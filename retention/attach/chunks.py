@@ -54,6 +54,7 @@ def run_chunks(
             coordinates=axes,
             upcoming=rest,
         )
+        cache.tokens.inputs.note(part, cache.columns - (end - start))
         output = forward(*args, **part)
         hidden.append(output.last_hidden_state)
         cache.after_forward()

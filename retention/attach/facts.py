@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from retention.models.family import Family, decoder_of
+from retention.models.patches import GRIDS, patch_places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +24,13 @@ class TokenFacts:
     def __init__(self, family: Family, config: Any) -> None:
         self.family, self.config = family, config
         self.visual: Bool[Tensor, "batch tokens"] | None = None
+        self.caught: tuple[Tensor | None, dict[str, Any]] = None, {}
 
     def catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: only there the token ids are visible."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.visual = None if ids is None else self.family.visual_mask(self.config, ids)
+        self.caught = ids, {name: kwargs[name] for name in GRIDS if name in kwargs}
 
     def take(self, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "batch tokens"]:
         """The visual mask of this forward; all False where only embeddings were given."""
@@ -35,6 +38,14 @@ class TokenFacts:
         if visual is None or visual.shape != (batch, tokens):
             return torch.zeros(batch, tokens, dtype=torch.bool, device=device)
         return visual.to(device)
+
+    def places(self, batch: int, tokens: int, device: torch.device) -> Int[Tensor, "batch tokens 4"] | None:
+        """Image, frame, row and column of the patches of this forward; None where they are not known."""
+        ids, given = self.caught
+        if ids is None or ids.shape != (batch, tokens):
+            return None
+        found = patch_places(self.family, self.config, ids, given)
+        return None if found is None else found.to(device)
 
 
 def valid_tokens(mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "batch tokens"]:

@@ -12,6 +12,7 @@ from retention.attach.chunks import chunk_ends, run_chunks
 from retention.attach.decode import decode_attention, recalled_attention
 from retention.attach.deltas import own_rope_deltas
 from retention.attach.facts import TokenFacts, attached, register_attention, valid_tokens
+from retention.attach.second_pass import ListeningLayer, second_passes
 from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
 from retention.cache.layer import EvictingLayer
@@ -38,7 +39,7 @@ def evicting_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    retention_layer: EvictingLayer | None = None,
+    retention_layer: EvictingLayer | ListeningLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' interface: SDPA for prompts, the storage's own way for single tokens."""
@@ -48,6 +49,8 @@ def evicting_attention(
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layer, ListeningLayer):
+        return layer.attend(module, query, key, value, scale), None
     observed = layer.owner.observing() and any(COLLECTORS[name] for name in layer.owner.collectors)
     layer.scaling = scale
     if queries > 1 or observed:
@@ -132,12 +135,14 @@ def evicting(
     extra_collectors: Iterable[str] = (),
     packed: bool = False,
     memory: RetentionMemory | None = None,
+    tokenizer: Any = None,
 ) -> Iterator[EvictingCache]:
     """Inside the block, forwards and `generate()` with the yielded cache (or its forks) evict as configured.
 
     `extra_collectors` and `packed=True` prepare a cache whose forks may use other policies or packed
-    positions. `memory` takes what is evicted where `CacheConfig.on_evict` is memory; by default the gates' own. On exit
-    the model is exactly as before; the cache stays readable.
+    positions. `memory` takes what is evicted where `CacheConfig.on_evict` is memory; by default the gates' own. With a
+    `tokenizer` (or processor) a policy that feeds the context once more asks for it in words. On exit the model is
+    exactly as before; the cache stays readable.
 
     Raises:
         ValueError: when the policy needs gates and none are given, the gates do not fit, or the model is attached already.
@@ -155,9 +160,11 @@ def evicting(
         if policy.gates_of is not None and gates.training_record:  # fresh gates have learned nothing yet
             gates.check_objective(policy.gates_of, type(policy).__name__)
     memory = memory or (None if gates is None else gates.memory)
-    if memory is not None and "window_rows" not in extra:
-        extra = (*extra, "window_rows")
+    if memory is not None:
+        extra = (*extra, *memory.config.collectors)
     cache = new_cache(model, policy, config, extra_collectors=extra, packed=packed, memory=memory)
+    if gates is not None:
+        cache.coordinate, cache.curve = gates.config.coordinate, gates.thresholds
     register_attention(NAME, evicting_attention)
     with ExitStack() as stack:
         stack.enter_context(attached(model, NAME))
@@ -165,6 +172,7 @@ def evicting(
             stack.callback(hook.remove)
         stack.enter_context(own_rope_deltas(model))
         stack.enter_context(_decoder_forward(model))
+        stack.enter_context(second_passes(model, cache, tokenizer))
         yield cache
 
 
@@ -180,7 +188,10 @@ def _install(model: "PreTrainedModel", layers: tuple[int, ...], gates: Retention
             return None
         layer: Any = cache.layers[module.layer_idx]
         if gates is not None and "gate" in cache.collectors:
-            layer.staged = gates(layers.index(module.layer_idx), kwargs["hidden_states"])
+            tokens, count = cache.tokens, kwargs["hidden_states"].shape[1]
+            beside = tokens.visual[:, -count:], tokens.valid[:, -count:], layer.heard
+            reading = gates.read(layers.index(module.layer_idx), kwargs["hidden_states"], *beside)
+            layer.staged, layer.heard = reading.stored(), reading.heard
         return args, {**kwargs, "retention_layer": layer}
 
     decoder = decoder_of(model)
@@ -205,6 +216,8 @@ def _decoder_forward(model: "PreTrainedModel") -> Iterator[None]:
         valid = valid_tokens(mask, batch, tokens, inputs.device)
         visual = facts.take(batch, tokens, inputs.device)
         cache.tokens.check_rows(batch)
+        if cache.memory is not None and cache.memory.config.placed:
+            cache.tokens.announce(facts.places(batch, tokens, inputs.device))
         cache.expected = cache.seen() + valid.sum(1) if cache.columns else valid.sum(1)
         ends = chunk_ends(cache.config, visual, tokens)
         return run_chunks(original, args, kwargs, cache, ends, valid, visual)

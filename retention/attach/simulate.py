@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from retention.attach.capture import Capture, LayerCapture
 from retention.attach.facts import attached, register_attention
-from retention.cache.recall import attention_with_lse, watched
+from retention.cache.config import CacheConfig
+from retention.cache.decide import decide
+from retention.cache.recall import attention_with_lse, doubt_of, watched
 from retention.memory import Evicted, MemoryLayer, RetentionMemory
 from retention.models.family import decoder_of, model_shape
-from retention.ops.observe import window_rows
+from retention.ops.entropy import observer_rows, observers_of, observing_queries
+from retention.policies import Policy
 from retention.policies.collect import WINDOW
 from retention.types import KVState
 
@@ -34,6 +40,8 @@ class SimulatedEviction:
     states: list[KVState]
     """What the policy saw, by layer."""
     scores: list[Float[Tensor, "batch kv_heads tokens"]]
+    places: Int[Tensor, "batch tokens 4"] | None = None
+    """Where patches lie in their images, if known."""
 
     @property
     def first(self) -> int:
@@ -53,24 +61,60 @@ class SimulatedEviction:
         held = self.context[:, None] & ~self.kept[0 if layer is None else layer]
         return whole if layer is None else whole & ~held[:, :, None]
 
-    def evicted(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Evicted:
+    def evicted(
+        self, memory: MemoryLayer, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float
+    ) -> Evicted:
         """What leaves a layer, with entropy and attention as the last rows before the eviction saw it."""
-        state = self.states[layer]
-        with torch.no_grad():
-            columns = torch.arange(self.first, device=keys.device)
-            rows = slice(max(0, self.first - WINDOW), self.first)
-            seen = (columns <= columns[rows, None]) & self.valid[:, None, : self.first]
-            seen = seen[:, None].expand(-1, keys.shape[1], -1, -1)
-            observed = window_rows(query[:, :, rows], keys[:, :, : self.first], seen, scaling, WINDOW)
-            observed = torch.nn.functional.pad(observed, (0, keys.shape[2] - self.first))
-            entropy, attention = watched(KVState(**{**_fields(state), "statistics": {"window_rows": observed}}))
+        state, entropy, statistics = self.states[layer], memory.entropy, {}
+        if entropy is not None:
+            with torch.no_grad():
+                statistics = {observers_of(entropy): self._observed(entropy, query, keys, state.visual[:, 0], scaling)}
+        found = watched(replace(state, statistics=statistics), entropy)
         leaving = self.context[:, None] & ~self.kept[layer]
-        return Evicted(keys, values, leaving, state.visual, self.scores[layer], entropy, attention, scaling)
+        places = None if self.places is None else self.places[:, None].expand(*leaving.shape, -1)
+        return Evicted(keys, values, leaving, state.visual, self.scores[layer], *found, scaling, places)
+
+    def _observed(
+        self, entropy: str, query: Tensor, keys: Tensor, visual: Tensor, scaling: float
+    ) -> Float[Tensor, "batch kv_heads rows groups tokens"]:
+        """The newest rows before the eviction, as a collector would have them."""
+        start = max(0, self.first - WINDOW)
+        rows, columns = slice(start, self.first), torch.arange(self.first, device=keys.device)
+        seen = (columns <= columns[rows, None]) & self.valid[:, rows, None] & self.valid[:, None, : self.first]
+        seen = seen[:, None].expand(-1, keys.shape[1], -1, -1)
+        observing = observing_queries(self.valid[:, rows], visual[:, rows], visual[:, :start].any(1))
+        given = query[:, :, rows], keys[:, :, : self.first], seen, scaling, observing
+        found = observer_rows(*given, by_head=entropy == "across_heads")
+        return F.pad(found, (0, keys.shape[2] - self.first))
 
 
-def _fields(state: KVState) -> dict[str, Any]:
-    names = ("load", "positions", "valid", "visual", "protected", "seen", "log_beta", "statistics", "layer")
-    return {name: getattr(state, name) for name in names}
+def decide_eviction(
+    capture: Capture, context: Bool[Tensor, "batch tokens"], policy: Policy, share: float
+) -> SimulatedEviction | None:
+    """What a policy keeps of every row's context at a kept share; None where everything fits."""
+    valid, visual, positions = capture.valid, capture.visual, capture.positions
+    assert valid is not None
+    assert visual is not None
+    assert positions is not None
+    seen, states = context.sum(1), []
+    for number, layer in enumerate(capture.layers):
+        shape = layer.key.shape[:3]
+        where, real, seen_visual, nobody = (
+            x[:, None].expand(shape) for x in (positions, context, visual & context, torch.zeros_like(context))
+        )
+        entries = partial(_entries, layer)
+        states.append(KVState(entries, where, real, seen_visual, nobody, seen, layer.log_beta, layer=number))
+    budgets = (share * seen).round().long().clamp(min=1)
+    available = torch.stack([state.valid.sum(-1) for state in states])
+    kept = decide(states, policy, CacheConfig(), budgets, available)
+    if kept is None:
+        return None
+    scores = [policy.score(state).float() for state in states]
+    return SimulatedEviction(kept, context, valid, states, scores, capture.places)
+
+
+def _entries(layer: LayerCapture) -> tuple[Tensor, Tensor]:
+    return layer.key, layer.value
 
 
 def after_eviction(
@@ -83,14 +127,14 @@ def after_eviction(
     scaling: float,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Output and log-sum-exp of the queries from `eviction.first` on, with a memory of what left if there is one."""
-    later = query[:, :, eviction.first :]
-    out, lse = attention_with_lse(later, keys, values, eviction.visible(layer), scaling)
+    later, visible = query[:, :, eviction.first :], eviction.visible(layer)
+    out, lse = attention_with_lse(later, keys, values, visible, scaling)
     if memory is None:
         return out, lse
-    state = memory.absorb(
-        memory.empty(keys.shape[0], keys.device), eviction.evicted(layer, query, keys, values, scaling)
-    )
-    return memory.read_with_mass(state, later, out, lse, scaling)
+    leaving = eviction.evicted(memory, layer, query, keys, values, scaling)
+    state = memory.absorb(memory.empty(keys.shape[0], keys.device), leaving)
+    doubt = doubt_of(memory, later, keys, visible, eviction.states[layer].visual, scaling)
+    return memory.read_with_mass(state, later, out, lse, scaling, doubt)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]

@@ -102,11 +102,16 @@ def _attended(
 
 @contextmanager
 def attach_gates(
-    model: "PreTrainedModel", gates: RetentionGates, attend: Callable[[GatedCall], Attended] = decayed
+    model: "PreTrainedModel",
+    gates: RetentionGates,
+    attend: Callable[[GatedCall], Attended] = decayed,
+    *,
+    budget: Float[Tensor, " batch"] | None = None,
 ) -> Iterator[GateRecord]:
     """Run forwards of `model` with gated attention, by decay unless told otherwise; on exit the model is as before.
 
-    Gradients reach the gates only. Use without a cache (`use_cache=False`), one document per row.
+    Gradients reach the gates only. Use without a cache (`use_cache=False`), one document per row. Conditioned gates
+    read `budget`, entries per head of each row.
 
     Raises:
         ValueError: when the gates do not fit the model, or it is attached already.
@@ -129,7 +134,8 @@ def attach_gates(
         module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         number = gates.shape.layers.index(module.layer_idx)
-        score = gates.score(number, kwargs["hidden_states"])
+        beside = {"visual": record.visual, "valid": record.valid, "budget": budget}
+        score = gates.score(number, kwargs["hidden_states"], **beside)
         record.score[number], record.log_beta[number] = score, log_beta_from_score(score)
         return args, {**kwargs, "retention_gate": (number, kwargs["hidden_states"], record)}
 

@@ -1,6 +1,6 @@
 """Who stays: a policy's scores, an allocator's counts and a selector, brought together for all layers at once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,12 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from retention.budget import ALLOCATORS, BY_CONTENT, AllocationInput, LayerPool, Pool, Split
+from retention.budget import ALLOCATORS, BY_CONTENT, AllocationInput, LayerPool, MixedPool, Pool, Split
 from retention.cache.config import CacheConfig
 from retention.ops import select
 from retention.policies import Policy
 from retention.types import KVState
 
+Curve = Callable[[str | None, bool, Tensor], Tensor]
+"""From what a policy ranks by, whether at its default settings, and budgets, to thresholds."""
 Counted = Tensor | Pool | LayerPool | Split
 """Counts by layer, row and head, or what the selector divides further."""
 
@@ -27,10 +29,12 @@ def decide(
     available: Int[Tensor, "layers batch kv_heads"],
     *,
     only: int | None = None,
+    curve: Curve | None = None,
 ) -> Bool[Tensor, "some_layers batch kv_heads keys"] | None:
     """Score, allocate, select; None when everything fits. `states` is read once, one layer at a time.
 
-    With `only`, `states` holds that layer alone and it is decided alone: see `decides_by_layer`.
+    With `only`, `states` holds that layer alone and it is decided alone: see `decides_by_layer`. `curve` gives the
+    threshold of a budget.
 
     Raises:
         ValueError: when selector and allocator do not fit, or protected entries alone exceed the budget.
@@ -55,11 +59,46 @@ def decide(
     window = _window(policy, _of_head(counts, budgets))
     ranking = _ranking(entries, config, window, firm=selector == "threshold")
     if selector == "threshold":
-        assert config.threshold is not None
-        return select.keep_threshold(ranking, config.threshold)
+        return select.keep_threshold(ranking, _threshold(policy, config, budgets, curve))
+    if isinstance(counts, MixedPool) or (isinstance(counts, LayerPool) and entries.second is not None):
+        won = _choose(ranking, entries, counts, config, selector).sum(-1)
+        counts = counts.settled(won, entries.valid.sum(-1))
     if entries.second is not None:
         ranking = _second_stage(ranking, entries, policy.first_share, counts, config, selector)
     return _choose(ranking, entries, counts, config, selector)
+
+
+def _threshold(
+    policy: Policy, config: CacheConfig, budgets: Int[Tensor, " batch"], curve: Curve | None
+) -> float | Float[Tensor, " batch"]:
+    """The threshold that was given, or that of the gates for the budget."""
+    if config.threshold is not None:
+        return config.threshold
+    if curve is None:
+        raise ValueError(
+            "selector=threshold without cache.threshold needs gates with a calibration curve, got none; give one of them"
+        )
+    return curve(policy.gates_of, policy == type(policy)(), budgets)
+
+
+def drop_one(
+    states: Iterable[KVState], policy: Policy, config: CacheConfig
+) -> Bool[Tensor, "layers batch kv_heads keys"] | None:
+    """After a decoded token: of each head that holds more than its allowance, the lowest by `step_score` leaves.
+
+    Protected entries never do; of several lowest, the oldest leaves. Heads that may drop nothing hold more for a while.
+    """
+    masks = []
+    for kv in states:
+        assert kv.allowance is not None
+        age = kv.seen[:, None, None] - kv.positions
+        stays = kv.protected | (kv.positions < config.sink_size) | (age <= config.recent_size) | ~kv.valid
+        score = policy.step_score(kv).float().masked_fill(stays, torch.inf)
+        least = score.amin(-1, keepdim=True)
+        over = (kv.valid.sum(-1) > kv.allowance)[..., None] & torch.isfinite(least)
+        lowest = score == least
+        masks.append(kv.valid & ~(lowest & (lowest.cumsum(-1) == 1) & over))
+    return _stacked(masks)
 
 
 def _choose(
@@ -69,7 +108,7 @@ def _choose(
     match counts:
         case Pool(totals):
             return select.keep_global(ranking, totals, min_per_head=config.min_per_head)
-        case LayerPool(totals, floors):
+        case LayerPool(totals=totals, floors=floors):
             return select.keep_by_layer_pool(ranking, totals, floors)
         case Split(visual, text):
             return select.keep_by_modality(ranking, entries.visual, visual, text)
@@ -82,8 +121,10 @@ def _second_stage(
     """The ranking by the second score, with what the first one chose from its share of the budget ahead of the rest."""
     assert entries.second is not None
     part = _scaled(counts, share)
-    chosen = _choose(replace(ranking, protected=torch.zeros_like(ranking.protected)), entries, part, config, selector)
     tiers = torch.zeros_like(ranking.positions) if ranking.tiers is None else ranking.tiers
+    first = torch.where(ranking.protected, tiers.amax() + 1, tiers)  # not protected: they may be more than the part
+    none = torch.zeros_like(ranking.protected)
+    chosen = _choose(replace(ranking, protected=none, tiers=first), entries, part, config, selector)
     return replace(ranking, scores=entries.second, tiers=2 * tiers + chosen)
 
 
@@ -100,15 +141,16 @@ def _of_layer(counts: Counted, layer: int) -> Counted:
     if isinstance(counts, Tensor):
         return counts[layer : layer + 1]
     if isinstance(counts, LayerPool):
-        return LayerPool(counts.totals[layer : layer + 1], counts.floors[layer : layer + 1])
+        return replace(counts, totals=counts.totals[layer : layer + 1], floors=counts.floors[layer : layer + 1])
     return counts
 
 
 def decides_by_layer(policy: Policy, config: CacheConfig) -> bool:
     """Whether what a layer keeps depends on no other layer's scores, so that it may be evicted before they ran."""
     allocator = config.allocator or policy.allocator
-    weighs = allocator in BY_CONTENT and type(policy).layer_weight is not Policy.layer_weight
-    return not weighs and _selector(policy, config, allocator) != "global"
+    weighs = allocator in BY_CONTENT and policy.weighs_layers
+    alone = not weighs and policy.second_pass() is None
+    return alone and _selector(policy, config, allocator) != "global"
 
 
 def _selector(policy: Policy, config: CacheConfig, allocator: str) -> str:
@@ -143,7 +185,9 @@ def _given(
         layer_weights=None if config.layer_weights is None else torch.tensor(config.layer_weights, device=device),
         window=_window(policy, budgets).clamp(min=config.recent_size),
         pyramid_beta=config.pyramid_beta,
+        integer_floor=config.integer_floor,
         head_floor=config.head_floor,
+        head_form=config.head_form,
         least=max(policy.least, config.sink_size + config.recent_size),
         redistributes=policy.redistributes,
     )
@@ -154,7 +198,7 @@ def _fits(available: Int[Tensor, "layers batch kv_heads"], counts: Counted) -> b
     match counts:
         case Pool(totals):
             return not (available.sum((0, 2)) > totals).any()
-        case LayerPool(totals, _):
+        case LayerPool(totals=totals):
             return not (available.sum(2) > totals).any()
         case Split(visual, text):
             return not (available > visual + text).any()

@@ -1,4 +1,4 @@
-"""What becomes of entries that leave: merged into the kept entries whose keys are most like theirs.
+"""What becomes of entries that leave: merged into the kept entries whose keys are most like theirs, or that are nearest.
 
 Merging mixes keys that are rotated to different places, and a merged entry counts as one.
 """
@@ -8,11 +8,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-MERGES = ("pivot", "average", "weighted")
+MERGES = ("pivot", "average", "weighted", "nearest")
 BLOCK = 512
 """Evicted entries compared with all kept ones at a time."""
 
 Entries = Float[Tensor, "batch kv_heads keys width"]
+Positions = Int[Tensor, "batch kv_heads keys"] | None
 Values = Float[Tensor, "batch kv_heads keys value_width"]
 Merged = tuple[Float[Tensor, "entries width"], Float[Tensor, "entries value_width"]]
 
@@ -23,11 +24,14 @@ def naive_merged(
     kept: Bool[Tensor, "batch kv_heads keys"],
     evicted: Bool[Tensor, "batch kv_heads keys"],
     how: str,
+    positions: Positions = None,
 ) -> Merged:
     """Keys and values of the kept entries, in order, each the mean of itself and what its evicted entries bring.
 
     An evicted entry e goes to the kept entry c of its head whose key has the largest cosine, values along with keys.
-    It brings `(x_e + x_c) / 2` (pivot), `x_e` (average) or `cos * x_e` (weighted) (LOOK-M, arXiv 2406.18139).
+    It brings `(x_e + x_c) / 2` (pivot), `x_e` (average) or `cos * x_e` (weighted) (LOOK-M, arXiv 2406.18139). With
+    `nearest` it goes to the kept entry of the nearest position instead, the earlier of two, and brings `x_e`
+    (ElasticCache, arXiv 2407.18121); without positions, entries are counted.
     """
     merged = [x.clone() for x in (keys, values)]
     for row, head in torch.ones(keys.shape[:2]).nonzero().tolist():
@@ -35,8 +39,11 @@ def naive_merged(
         brought: dict[int, list[tuple[int, float]]] = {slot: [] for slot in slots}
         for leaving in torch.nonzero(evicted[row, head]).flatten().tolist() if slots else []:
             one = keys[row, head]
+            place = list(range(len(one))) if positions is None else positions[row, head].tolist()
+            away = [(abs(place[leaving] - place[slot]), place[slot]) for slot in slots]
             cosines = [float(F.cosine_similarity(one[leaving].float(), one[slot].float(), dim=0)) for slot in slots]
             best = max(range(len(slots)), key=cosines.__getitem__)
+            best = min(range(len(slots)), key=away.__getitem__) if how == "nearest" else best
             brought[slots[best]].append((leaving, cosines[best]))
         for slot, leaving_ones in brought.items():
             for x, out in zip((keys, values), merged, strict=True):
@@ -44,6 +51,7 @@ def naive_merged(
                 gifts = {
                     "pivot": [(x[e] + x[slot]) / 2 for e, _ in leaving_ones],
                     "average": [x[e] for e, _ in leaving_ones],
+                    "nearest": [x[e] for e, _ in leaving_ones],
                     "weighted": [cosine * x[e] for e, cosine in leaving_ones],
                 }[how]
                 out[row, head, slot] = torch.stack([x[slot], *gifts]).mean(0).to(out.dtype)
@@ -56,6 +64,7 @@ def merged(
     kept: Bool[Tensor, "batch kv_heads keys"],
     evicted: Bool[Tensor, "batch kv_heads keys"],
     how: str,
+    positions: Positions = None,
 ) -> Merged:
     """The same for all heads at once; kept entries that nothing joins stay bit for bit."""
     stay, leave = _slots(kept), _slots(evicted)
@@ -70,8 +79,8 @@ def merged(
     for slots in leave.split(BLOCK, -1):
         leaving = (evicted.gather(-1, slots) & present.any(-1, keepdim=True))[..., None]
         gone = [_rows(x, slots).float().masked_fill(~leaving, 0.0) for x in (keys, values)]
-        alike = (F.normalize(gone[0], dim=-1) @ anchors).masked_fill(~present[:, :, None], float("-inf"))
-        cosine, home = alike.max(-1, keepdim=True)
+        alike = F.normalize(gone[0], dim=-1) @ anchors if how != "nearest" else _nearness(slots, stay, positions)
+        cosine, home = alike.masked_fill(~present[:, :, None], float("-inf")).max(-1, keepdim=True)
         moves = ((home == numbers) & leaving).float()
         joined = joined + moves.sum(2)
         if how == "weighted":
@@ -79,6 +88,16 @@ def merged(
         sums = [total + moves.transpose(-1, -2) @ x for total, x in zip(sums, gone, strict=True)]
     mixed = [_mean(x, total, joined[..., None], how)[present] for x, total in zip(own, sums, strict=True)]
     return mixed[0], mixed[1]
+
+
+def _nearness(
+    leaving: Int[Tensor, "batch kv_heads some"], staying: Int[Tensor, "batch kv_heads most"], positions: Positions
+) -> Float[Tensor, "batch kv_heads some most"]:
+    """The larger, the nearer; the earlier of two is nearer. Exact up to eight million positions."""
+    if positions is not None:
+        leaving, staying = positions.gather(-1, leaving), positions.gather(-1, staying)
+    away = leaving[..., None] - staying[:, :, None]
+    return -(2 * away.abs() + (away < 0)).float()
 
 
 def _mean(own: Entries, brought: Entries, count: Float[Tensor, "batch kv_heads keys 1"], how: str) -> Entries:

@@ -1,7 +1,7 @@
 """The cache that `generate()` sees: grows like any other, then lets a policy decide what stays."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from retention.cache.config import REMEMBER, CacheConfig
-from retention.cache.decide import decide, decides_by_layer
+from retention.cache.config import REMEMBER, CacheConfig, check_policy
+from retention.cache.decide import Curve, decide, decides_by_layer, drop_one
+from retention.cache.inputs import Reader, states
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.cache.ledger import Ledger, PeakMeter, logical_bytes, physical_bytes, stock_tensors
 from retention.cache.persist import restore_cache, save_cache
@@ -22,7 +23,7 @@ from retention.cache.worth import entries_bought
 from retention.memory import RetentionMemory
 from retention.models.family import Rope
 from retention.policies import Policy
-from retention.policies.collect import WINDOW, statistics_of
+from retention.policies.collect import REPEATED, WINDOW, statistics_of
 from retention.types import ModelShape
 
 
@@ -76,24 +77,21 @@ class EvictingCache(Cache):
         self.evicted = False
         self.automatic = True
         self.resolved: list[int] = []
+        self.reader: Reader | None = None
+        """Feeds more behind the prompt, where the policy needs that."""
+        self.coordinate: Callable[[Tensor], Tensor | None] | None = None
+        """What gates that read the budget make of it."""
+        self.curve: Curve | None = None
         self._configure(policy, config)
 
     def _configure(self, policy: Policy, config: CacheConfig) -> None:
-        if config.evict_every is not None and not policy.evicts_while_decoding:
-            raise ValueError(
-                f"{type(policy).__name__} decides after the prompt only and has no rule for decoding; set evict_every to null"
-            )
-        if config.positions == "packed" and self.rotation is None:
-            raise ValueError(
-                "positions 'packed' needs the model's rotary frequencies; open the cache with positions='packed'"
-            )
-        if config.on_evict in (*REMEMBER, "refund") and self.memory is None:
-            raise ValueError(
-                f"on_evict {config.on_evict!r} needs a memory; open the cache with memory=RetentionMemory(...), or gates with one"
-            )
+        check_policy(policy, config, rotates=self.rotation is not None, remembers=self.memory is not None)
         self.policy, self.config = policy, config
-        self.collectors = tuple(dict.fromkeys((*policy.collectors, *self.extra_collectors)))
-        self.trigger = Trigger(config.evict_every)
+        self.watching = self.memory.config.collectors if self.memory is not None and self.on_evict in REMEMBER else ()
+        """What the memory in force reads beside the policy."""
+        self.collectors = tuple(dict.fromkeys((*policy.collectors, *self.extra_collectors, *self.watching)))
+        self.trigger = Trigger(1 if policy.steps else config.evict_every)
+        self.tokens.inputs.keep(wanted=REPEATED in self.collectors)
 
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
@@ -118,6 +116,8 @@ class EvictingCache(Cache):
         `coordinates` are rotary positions of several axes, where the model has them; `upcoming` is the smallest
         of those still to come in the same prompt.
         """
+        if self.policy.steps and not prompt:
+            self.tokens.note_left(self.kept())
         self.tokens.add(valid, visual, prompt=prompt)
         self.coordinates, self.upcoming, self.early = coordinates, upcoming, None
         self.in_prompt, self.starts, self.ends, self.new_tokens = prompt, prompt and starts, ends, valid.shape[1]
@@ -157,7 +157,7 @@ class EvictingCache(Cache):
             self.early = self.budgets(), self.kept(upcoming=True)
         budgets, available = self.early
         number = self.evicting_layers.index(layer)
-        masks = decide([layer.state()], self.policy, self.config, budgets, available, only=number)
+        masks = decide([layer.state()], self.policy, self.config, budgets, available, only=number, curve=self.curve)
         if masks is not None:
             self._keep(layer, masks[0], spare=0)
             self.evicted = True
@@ -195,17 +195,17 @@ class EvictingCache(Cache):
 
     def observing(self) -> bool:
         """Whether collectors need this forward."""
-        return self.in_prompt or (self.automatic and self.config.evict_every is not None)
+        return self.in_prompt or (self.automatic and self.trigger.evict_every is not None)
 
     @property
     def window(self) -> int:
         """Query rows to keep: the policy's own, or as many as any fork's policy may read."""
-        shared = bool(statistics_of(self.extra_collectors, rolling=True))
+        shared = bool(statistics_of((*self.extra_collectors, *self.watching), rolling=True))
         return self.policy.observed_rows if self.policy.observed_rows and not shared else WINDOW
 
     def accumulating(self) -> set[str]:
         """Names of statistics that survive an eviction."""
-        rolling = self.collectors if self.config.evict_every is not None or not self.ends else ()
+        rolling = self.collectors if self.trigger.evict_every is not None or not self.ends else ()
         return statistics_of(self.collectors, accumulating=True) | statistics_of(rolling, rolling=True)
 
     def seen(self) -> Int[Tensor, " batch"]:
@@ -230,7 +230,7 @@ class EvictingCache(Cache):
     def budgets(self) -> Int[Tensor, " batch"]:
         """The budget of each row in entries per layer and head; a fraction is of the whole prompt under way."""
         placed = 4 * self.rotation.rope.axes if self.packs and self.rotation else 0
-        scored = 0 if self.evicting_layers[0].store.log_beta is None else 4
+        scored = self.evicting_layers[0].store.gate_bytes
         seen = torch.maximum(self.seen(), self.expected) if self.expected is not None else self.seen()
         state = 0 if self.memory is None or self.on_evict not in (*REMEMBER, "refund") else self.memory.state_bytes()
         entry = self.entry_bytes + 4 + placed + scored
@@ -244,10 +244,13 @@ class EvictingCache(Cache):
         if not self.policy.evicts:
             return
         layers = self.evicting_layers
-        masks = decide((layer.state() for layer in layers), self.policy, self.config, self.budgets(), self.kept())
+        if self.policy.steps and self.tokens.left is not None:
+            masks = drop_one((layer.state() for layer in layers), self.policy, self.config)
+        else:
+            masks = decide(states(self), self.policy, self.config, self.budgets(), self.kept(), curve=self.curve)
         if masks is None:
             return
-        spare = 0 if self.in_prompt else self.config.evict_every or 0
+        spare = 0 if self.in_prompt else self.trigger.evict_every or 0
         for layer, mask in zip(layers, masks, strict=True):
             self._keep(layer, mask, spare=spare)
         self._evicted()
@@ -286,12 +289,13 @@ class EvictingCache(Cache):
 
     def tensors(self) -> Mapping[str, list[Tensor]]:
         """Every tensor the cache holds, by ledger item."""
-        groups: dict[str, list[Tensor]] = {"layout": self.tokens.tensors(), "statistics": [], "memory": []}
+        groups = {"layout": self.tokens.tensors(), "statistics": self.tokens.inputs.tensors(), "memory": []}
         if self.rotation is not None and self.rotation.coordinates is not None:
             groups["layout"].append(self.rotation.coordinates)
         for layer in self.evicting_layers:
             groups["statistics"].extend(layer.observed.values())
             groups["memory"].extend(layer.recalled.values())
+            groups["statistics"].extend([] if layer.heard is None else [layer.heard])
             for item, found in layer.store.tensors().items():
                 groups.setdefault(item, []).extend(found)
         stock = (stock_tensors(layer) for layer in self.layers if not isinstance(layer, EvictingLayer))

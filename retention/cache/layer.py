@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
@@ -15,6 +15,7 @@ from retention.cache.evicted import merged
 from retention.cache.rotation import Turn
 from retention.cache.storage import Entries, LayerStorage
 from retention.memory import MemoryLayer, State
+from retention.ops.decay import log_beta_at
 from retention.policies.collect import COLLECTORS, Observation, statistics_of
 from retention.types import KVState
 
@@ -42,6 +43,8 @@ class EvictingLayer(CacheLayerMixin):
         self.store = LayerStorage()
         self.length = 0
         self.staged: Tensor | None = None
+        self.heard: Tensor | None = None
+        """Sum of the attention inputs of all text so far, where the gates listen to it."""
         self.observed: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -73,7 +76,7 @@ class EvictingLayer(CacheLayerMixin):
         if new > 1:
             return 0
         spare = max(16, (self.store.longest + self.store.tail) // 16)
-        every = self.owner.config.evict_every
+        every = self.owner.trigger.evict_every
         return spare if every is None else min(spare, every)
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +148,7 @@ class EvictingLayer(CacheLayerMixin):
         for name in statistics_of(self.owner.collectors, rolling=True) & set(self.observed):
             self.observed[name] = self.observed[name][:, :, -self.owner.window :].clone()
         if not keep_gate:
-            self.store.log_beta = None
+            self.store.log_beta, self.heard = None, None
             if self.store.entries is not None:
                 self.store.entries = replace(self.store.entries, log_beta=None)
 
@@ -156,13 +159,11 @@ class EvictingLayer(CacheLayerMixin):
         tail = slice(cache.columns - store.tail, cache.columns)
         positions = cache.tokens.positions()[:, None, tail].expand(shape)
         valid = cache.tokens.valid[:, None, tail].expand(shape)
-        log_beta = None if store.log_beta is None else store.log_beta.view()
         if store.longest and known is not None:
             positions = torch.cat([store.padded(known.positions).long(), positions], -1)
             valid = torch.cat([store.kept_valid(), valid], -1)
-            if known.log_beta is not None and log_beta is not None:
-                log_beta = torch.cat([store.padded(known.log_beta), log_beta], -1)
         evidence = cache.tokens.answering(positions)
+        allowed = (cache.tokens.allowance(self.number), cache.tokens.suffix(positions)) if cache.policy.steps else ()
         visual, protected = cache.tokens.marks(positions, text=cache.config.protect_text)
         length = store.longest + store.tail
         statistics = {k: F.pad(v, (0, length - v.shape[-1])) for k, v in self.observed.items()}
@@ -173,11 +174,21 @@ class EvictingLayer(CacheLayerMixin):
             visual & valid,
             protected & valid,
             cache.seen(),
-            log_beta,
+            self._log_beta(),
             statistics,
             self.number,
             None if evidence is None else evidence & valid,
+            cache.shape.num_layers,
+            cache.tokens.looked,
+            *allowed,
         )
+
+    def _log_beta(self) -> Float[Tensor, "batch kv_heads keys"] | None:
+        """Of all entries; of gates that read the budget, at the one in force."""
+        stored, coordinate = self.store.gate_outputs(), self.owner.coordinate
+        if stored is None or stored.dim() == 3:
+            return stored
+        return log_beta_at(stored, None if coordinate is None else coordinate(self.owner.budgets()))
 
     def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], *, spare: int = 0) -> None:
         """Drop what the mask does not name; re-rotate what stays where positions are packed."""
@@ -187,8 +198,10 @@ class EvictingLayer(CacheLayerMixin):
         flat = {k: v.movedim(-1, 2)[mask] for k, v in accumulated.items()}
         memory = self.memory
         if memory is not None:
-            self.recalled = recall.absorb(memory, self.recalled, state, mask, self.owner.policy, self.scaling)
-        log_beta = None if state.log_beta is None else state.log_beta[mask]
+            places = self.owner.tokens.patches(state.positions)
+            self.recalled = recall.absorb(memory, self.recalled, state, mask, self.owner.policy, self.scaling, places)
+        stored = self.store.gate_outputs()
+        log_beta = None if stored is None else stored[mask]
         self.store.keep(
             mask, Entries(state.positions[mask].int(), log_beta, coordinates), turn, spare, self._merged(state, mask)
         )
@@ -205,7 +218,7 @@ class EvictingLayer(CacheLayerMixin):
         """Keys and values of what stays with what leaves merged into it, where the cache merges."""
         if self.owner.on_evict != "merge":
             return None
-        contents = merged(state.keys, state.values, mask, state.valid & ~mask, self.owner.config.merge)
+        contents = merged(state.keys, state.values, mask, state.valid & ~mask, self.owner.config.merge, state.positions)
         self.owner.staging = max(self.owner.staging, tensor_bytes(*contents))
         return contents
 
@@ -241,6 +254,7 @@ class EvictingLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.store, self.length, self.staged, self.observed, self.recalled = LayerStorage(), 0, None, {}, {}
+        self.heard = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -249,3 +263,4 @@ class EvictingLayer(CacheLayerMixin):
         self.store.select_rows(rows)
         self.observed = {k: v[rows] for k, v in self.observed.items()}
         self.recalled = {k: v[rows] for k, v in self.recalled.items()}
+        self.heard = None if self.heard is None else self.heard[rows]

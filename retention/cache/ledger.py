@@ -63,7 +63,7 @@ def logical_bytes(stores: Sequence[LayerStorage], entries: int) -> dict[str, int
         "keys": entries * keys,
         "values": entries * values,
         "positions": sum(x.numel() * x.element_size() for x in placed),
-        "scores": 0 if stores[0].log_beta is None else entries * 4,
+        "scores": entries * stores[0].gate_bytes,
     }
 
 

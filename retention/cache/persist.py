@@ -14,7 +14,6 @@ from retention.cache.buffer import Buffer
 from retention.cache.config import REMEMBER
 from retention.cache.ledger import PeakMeter
 from retention.cache.storage import Entries, LayerStorage
-from retention.cache.tokens import Tokens
 from retention.files import write_bytes
 from retention.policies.collect import COLLECTORS
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from retention.cache.evicting import EvictingCache
 
 FORMAT_VERSION = 1
-_TOKENS = ("valid", "visual", "wanted", "prompted", "pending", "evidence")
+_TOKENS = ("valid", "visual", "wanted", "prompted", "pending", "evidence", "left", "left_of", "places")
 _ROTATION = ("versions", "coordinates", "next", "reached")
 _PLAIN = (bool, int, float, str)
 
@@ -30,6 +29,7 @@ _PLAIN = (bool, int, float, str)
 def save_cache(cache: "EvictingCache", file: Path) -> None:
     """Write what a cache holds: entries, statistics, positions, and where in its schedule it is."""
     tensors: dict[str, Tensor | None] = {f"tokens.{name}": getattr(cache.tokens, name) for name in _TOKENS}
+    tensors |= {f"inputs.{name}": x for name, x in cache.tokens.inputs.packed().items()}
     tensors["rope_deltas"] = cache.rope_deltas
     if cache.rotation is not None:
         tensors |= {f"rotation.{name}": getattr(cache.rotation, name) for name in _ROTATION}
@@ -40,7 +40,7 @@ def save_cache(cache: "EvictingCache", file: Path) -> None:
             held, plain = _pack_store(layer.store)
             held |= {f"observed.{name}": x for name, x in layer.observed.items()}
             held |= {f"recalled.{name}": x for name, x in layer.recalled.items()}
-            plain["length"] = layer.length
+            plain["length"], held["heard"] = layer.length, layer.heard
         else:
             held, plain = _pack_stock(layer)
         tensors |= {f"layers.{number}.{name}": x for name, x in held.items()}
@@ -73,12 +73,12 @@ def restore_cache(cache: "EvictingCache", file: Path) -> None:
     """
     state, tensors = _read(Path(file))
     _check(cache, state, file)
-    cache.reset()
+    cache.reset()  # with tokens of its own
     device = cache.device
     tensors = {name: x.to(device) for name, x in tensors.items()}
-    cache.tokens = Tokens()
     for name in _TOKENS:
         setattr(cache.tokens, name, tensors.get(f"tokens.{name}"))
+    cache.tokens.inputs.unpack(_named(tensors, "inputs."))
     cache.rope_deltas = tensors.get("rope_deltas")
     if cache.rotation is not None and "rotation.versions" in tensors:
         for name in _ROTATION:
@@ -93,6 +93,7 @@ def restore_cache(cache: "EvictingCache", file: Path) -> None:
             layer.store = _unpack_store(held, plain)
             layer.observed = _named(held, "observed.")
             layer.recalled = _named(held, "recalled.")
+            layer.heard = held.get("heard")
         else:
             _unpack_stock(layer, held, plain)
     cache.evicted, cache.tail_padded = state["evicted"], state["tail_padded"]

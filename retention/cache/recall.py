@@ -3,32 +3,28 @@
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retention.memory import Evicted, MemoryLayer, State
+from retention.memory import Evicted, MemoryLayer, State, wide
+from retention.ops.entropy import observed_by, observers_of
+from retention.ops.observe import attention_rows
 from retention.types import KVState
 
 if TYPE_CHECKING:
     from retention.policies import Policy
 
 
-def watched(state: KVState) -> tuple[Float[Tensor, "batch kv_heads keys"], Float[Tensor, "batch kv_heads keys"]]:
-    """Entropy over the watching queries and attention received, both in [0, 1]; 0 where no rows were collected.
-
-    The entropy of a token is that of its attention over the queries, `-sum_r pi log pi / log n` with
-    `pi(r) = A[r, i] / sum A[:, i]` and n the rows that can see it.
-    """
-    rows = state.statistics.get("window_rows")
-    if rows is None:
+def watched(
+    state: KVState, entropy: str | None
+) -> tuple[Float[Tensor, "batch kv_heads keys"], Float[Tensor, "batch kv_heads keys"]]:
+    """Entropy of some kind and attention received, both in [0, 1]; 0 where no rows were collected or none are read."""
+    rows = None if entropy is None else state.statistics.get(observers_of(entropy))
+    if entropy is None or rows is None:
         zero = torch.zeros(state.valid.shape, device=state.valid.device)
         return zero, zero
-    received = rows.sum(2)
-    share = rows / received.clamp(min=1e-20)[:, :, None]
-    seers = (rows > 0).sum(2)
-    entropy = torch.special.entr(share).sum(2) / seers.clamp(min=2).float().log()
-    low, high = received.amin(-1, keepdim=True), received.amax(-1, keepdim=True)
-    return torch.where(seers > 1, entropy, 0.0).clamp(0, 1), (received - low) / (high - low).clamp(min=1e-20)
+    return observed_by(rows, state.visual, state.valid, entropy)
 
 
 def absorb(
@@ -38,15 +34,40 @@ def absorb(
     kept: Bool[Tensor, "batch kv_heads keys"],
     policy: "Policy",
     scaling: float,
+    places: Int[Tensor, "batch kv_heads keys 4"] | None = None,
 ) -> State:
     """The memory's state after everything but `kept` left; padding never joins."""
-    entropy, attention = watched(kv)
+    entropy, attention = watched(kv, memory.entropy)
     leaving = kv.valid & ~kept
     state = state or memory.empty(kv.valid.shape[0], kv.valid.device)
     if not leaving.any():
         return state
     scores = policy.score(kv).float()
-    return memory.absorb(state, Evicted(kv.keys, kv.values, leaving, kv.visual, scores, entropy, attention, scaling))
+    places = None if places is None else torch.where(kv.valid[..., None], places, -1)
+    given = kv.keys, kv.values, leaving, kv.visual, scores, entropy, attention, scaling, places
+    return memory.absorb(state, Evicted(*given))
+
+
+@torch.no_grad()
+def doubt_of(
+    memory: MemoryLayer | None,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads keys head_dim"],
+    visible: Bool[Tensor, "batch kv_heads queries keys"],
+    visual: Bool[Tensor, "batch kv_heads keys"],
+    scaling: float,
+) -> Float[Tensor, "batch heads queries"] | None:
+    """Entropy of each query over the visual tokens it sees, by the log of their number; 0 below two of them.
+
+    None for a memory that does not read it. No gradient goes through it: that of an entropy is infinite at 0.
+    """
+    if memory is None or not memory.reads_doubt:
+        return None
+    seen = visible & visual[:, :, None]
+    rows = attention_rows(query, keys, seen, scaling)
+    count = seen.sum(-1)[:, :, None]
+    entropy = torch.special.entr(rows).sum(-1) / count.clamp(min=2).to(rows.dtype).log()
+    return rearrange(torch.where(count > 1, entropy, 0.0), "b h g q -> b (h g) q")
 
 
 def attention_with_lse(
@@ -59,10 +80,10 @@ def attention_with_lse(
     """Attention and its log-sum-exp, fp32, for the few queries of a later turn."""
     groups = query.shape[1] // keys.shape[1]
     keys, values, visible = (x.repeat_interleave(groups, 1) for x in (keys, values, visible))
-    logits = (scaling * query.float() @ keys.float().transpose(-1, -2)).masked_fill(~visible, float("-inf"))
+    logits = (scaling * wide(query) @ wide(keys).transpose(-1, -2)).masked_fill(~visible, float("-inf"))
     lse = logits.logsumexp(-1)
     weights = (logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
-    return (weights @ values.float()).to(query.dtype), lse
+    return (weights @ wide(values)).to(query.dtype), lse
 
 
 def select_rows(state: State, rows: Tensor) -> State:

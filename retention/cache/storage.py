@@ -25,7 +25,7 @@ class Entries:
     """What is known of each kept entry beside its key and value, ordered by row, head, position."""
 
     positions: Int[Tensor, " kept"]
-    log_beta: Float[Tensor, " kept"] | None
+    log_beta: Float[Tensor, "kept ..."] | None
     coordinates: Int[Tensor, "axes kept"] | None
     """Where each key is rotated to, where positions are packed."""
 
@@ -75,7 +75,7 @@ class LayerStorage:
         """Keys and values: `front` columns of kept entries, then the tail."""
         self.front = 0
         self.log_beta: Buffer | None = None
-        """Gate outputs of the tail."""
+        """Gate outputs of the tail: `log_beta`, or with one axis more what it is made of at any budget."""
 
     @property
     def tail(self) -> int:
@@ -86,7 +86,7 @@ class LayerStorage:
         self,
         keys: Float[Tensor, "batch kv_heads tokens head_dim"],
         values: Float[Tensor, "batch kv_heads tokens value_dim"],
-        log_beta: Float[Tensor, "batch kv_heads tokens"] | None,
+        log_beta: Float[Tensor, "batch kv_heads tokens ..."] | None,
         spare: int = 0,
     ) -> bool:
         """Add new tokens to the tail of every head; True if memory was allocated. `spare`: room for later ones."""
@@ -149,6 +149,18 @@ class LayerStorage:
         start = rearrange(self.counts.flatten().cumsum(0), "(b h) -> b h", h=self.counts.shape[1]) - self.counts
         slots = start[..., None] + torch.arange(self.longest, device=start.device)
         return flat[slots.clamp(max=max(len(flat) - 1, 0))]
+
+    def gate_outputs(self) -> Float[Tensor, "batch kv_heads keys ..."] | None:
+        """Of the entries as `view` lays them out; None where no gate looked."""
+        if self.log_beta is None:
+            return None
+        tail, known = self.log_beta.view(), None if self.entries is None else self.entries.log_beta
+        return torch.cat([self.padded(known), tail], 2) if self.longest and known is not None else tail
+
+    @property
+    def gate_bytes(self) -> int:
+        """Bytes of one entry's gate output."""
+        return 0 if self.log_beta is None else 4 * self.log_beta.data[:1, :1, :1].shape[3:].numel()
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Keys and values with heads padded to the longest: kept entries first, then the tail."""

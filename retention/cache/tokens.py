@@ -7,6 +7,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from retention.cache.inputs import Inputs
+
 
 class Tokens:
     """Columns in the order they came, the same for all layers and heads; never forgotten, three bytes a token."""
@@ -24,6 +26,16 @@ class Tokens:
 
         self.evidence: Bool[Tensor, "batch positions"] | None = None
         """Sequence positions that answer the questions, padding excluded, where they were named."""
+        self.inputs = Inputs()
+        self.left: Int[Tensor, "layers batch kv_heads"] | None = None
+        """Entries that the last prompt left, where a rule for decoding asks."""
+        self.left_of: Int[Tensor, " batch"] | None = None
+        """Tokens seen then."""
+
+        self.places: Int[Tensor, "batch tokens 4"] | None = None
+        """Image, frame, row and column of patches, image -1 elsewhere, where a memory asks."""
+        self.coming: Int[Tensor, "batch tokens 4"] | None = None
+        """Those of tokens that are still to come."""
 
     def __len__(self) -> int:
         return self.valid.shape[1]
@@ -39,10 +51,43 @@ class Tokens:
             self.valid, self.visual, self.wanted = valid[:, :0], visual[:, :0], visual[:, :0]
             self.prompted = self.prompted.to(valid.device)
         wanted = self._next_wanted(valid)  # refuses a mask that does not fit, before anything changes
+        if prompt:
+            self.left, self.left_of = None, None
+        self._add_places(valid)
         self.valid = torch.cat([self.valid, valid], 1)
         self.visual = torch.cat([self.visual, visual & valid], 1)
         self.wanted = torch.cat([self.wanted, wanted], 1)
         self.prompted = torch.cat([self.prompted, self.prompted.new_full((valid.shape[1],), prompt)])
+
+    def announce(self, places: Int[Tensor, "batch tokens 4"] | None) -> None:
+        """Told before a forward where its patches lie; their images are numbered on from those before."""
+        if places is not None and self.places is not None and self.places.numel():
+            number = places[..., :1] + self.places[..., 0].max() + 1
+            places = torch.cat([torch.where(places[..., :1] < 0, -1, number), places[..., 1:]], -1)
+        self.coming = places
+
+    def _add_places(self, valid: Bool[Tensor, "batch tokens"]) -> None:
+        if self.coming is None and self.places is None:
+            return
+        before = (
+            self.places
+            if self.places is not None
+            else valid.new_full((len(valid), len(self), 4), -1, dtype=torch.int16)
+        )
+        count = valid.shape[1]
+        blank = before.new_full((len(valid), count, 4), -1)
+        new = blank if self.coming is None else self.coming[:, :count]
+        self.coming = None if self.coming is None else self.coming[:, count:]
+        self.places = torch.cat([before, torch.where(valid[..., None], new, blank)], 1)
+
+    def patches(self, positions: Int[Tensor, "batch kv_heads keys"]) -> Int[Tensor, "batch kv_heads keys 4"] | None:
+        """Where entries, by sequence index, lie in their images; None where nobody asked."""
+        if self.places is None:
+            return None
+        target = torch.where(self.valid, self.positions(), len(self))[..., None].expand(self.places.shape)
+        table = F.pad(self.places, (0, 0, 0, 1), value=-1).scatter(1, target, self.places)
+        index = positions.clamp(min=0).flatten(1)[..., None].expand(-1, -1, 4)
+        return table.gather(1, index).view(*positions.shape, 4)
 
     def check_rows(self, rows: int) -> None:
         """A forward has as many rows as the ones before.
@@ -100,6 +145,30 @@ class Tokens:
         )
         return visual, kept
 
+    def note_left(self, kept: Int[Tensor, "layers batch kv_heads"]) -> None:
+        """Told before a decoded token: what is held, unless that is known since the last prompt."""
+        if self.left is None and len(self):
+            self.left, self.left_of = kept, self.seen()
+
+    def allowance(self, layer: int) -> Int[Tensor, "batch kv_heads"] | None:
+        """What the last prompt left in each head, times what was seen by now, over what was seen then; rounded down."""
+        if self.left is None or self.left_of is None:
+            return None
+        return self.left[layer] * self.seen()[:, None] // self.left_of.clamp(min=1)[:, None]
+
+    def suffix(self, positions: Int[Tensor, "batch kv_heads keys"]) -> Bool[Tensor, "batch kv_heads keys"]:
+        """Which entries, by sequence index, are text of prompts with no visual token behind."""
+        behind = self.prompted & self.valid & (self.visual.flip(1).cumsum(1).flip(1) == 0)
+        target = torch.where(self.valid, self.positions(), len(self))
+        table = F.pad(torch.zeros_like(behind), (0, 1)).scatter(1, target, behind)
+        return table.gather(1, positions.clamp(min=0).flatten(1)).view(positions.shape)
+
+    def looked(self) -> Bool[Tensor, "batch positions"]:
+        """Which sequence positions are visual, padding excluded."""
+        target = torch.where(self.valid, self.positions(), len(self))
+        empty = torch.zeros(self.valid.shape[0], len(self) + 1, dtype=torch.bool, device=self.valid.device)
+        return empty.scatter(1, target, self.visual)[:, :-1]
+
     def answering(self, positions: Int[Tensor, "batch kv_heads keys"]) -> Bool[Tensor, "batch kv_heads keys"] | None:
         """Which entries, by sequence index, are evidence; None where none was named."""
         if self.evidence is None:
@@ -112,12 +181,19 @@ class Tokens:
         self.valid, self.visual, self.wanted = self.valid[rows], self.visual[rows], self.wanted[rows]
         self.pending = None if self.pending is None else self.pending.to(rows.device)[rows]
         self.evidence = None if self.evidence is None else self.evidence[rows]
+        self.places = None if self.places is None else self.places[rows]
+        self.coming = None if self.coming is None else self.coming[rows]
+        self.inputs.select_rows(rows)
+        if self.left is not None and self.left_of is not None:
+            self.left, self.left_of = self.left[:, rows], self.left_of[rows]
 
     def fork(self) -> "Tokens":
         """An independent continuation."""
-        return copy.copy(self)
+        twin = copy.copy(self)
+        twin.inputs = self.inputs.fork()
+        return twin
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        optional = [x for x in (self.pending, self.evidence) if x is not None]
+        optional = [x for x in (self.pending, self.evidence, self.left, self.left_of, self.places) if x is not None]
         return [self.valid, self.visual, self.wanted, self.prompted, *optional]

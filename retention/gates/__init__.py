@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from retention.gates.base import GateConfig, RetentionGates
+from retention.gates.architecture import GateConfig
+from retention.gates.base import RetentionGates
 from retention.gates.dbtrim import DBTrim
 from retention.gates.fastkvzip import FastKVzip
 from retention.gates.per_head import PerHead

@@ -1,95 +1,25 @@
 """Retention gates: from the attention input of each layer to `log_beta`, one number per token and KV head."""
 
 import os
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from retention import checkpoint
+from retention.gates.architecture import GateConfig
+from retention.gates.beside import Reading
+from retention.gates.calibration import Calibration
 from retention.memory import RetentionMemory, memory_from_dict
 from retention.models.family import fingerprint, model_shape
-from retention.ops.decay import log_beta_from_score, offset_for_half_life
+from retention.ops.decay import log_beta_from_score
 from retention.types import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass
-class GateConfig(ABC):
-    """An architecture of gates; `build` makes its modules for a model's shape."""
-
-    name: ClassVar[str]
-
-    gate_hidden: int | None = None
-    """Width of the gate's hidden layers; null means 512, or 7/16 of a small model's hidden size."""
-    init_half_life: float = 10_000.0
-    """Half-life in tokens at the start of training."""
-
-    def __post_init__(self) -> None:
-        if self.gate_hidden is not None and self.gate_hidden < 0:
-            raise ValueError(f"expected gate.gate_hidden of 0 (linear) or more, got {self.gate_hidden}")
-        offset_for_half_life(self.init_half_life)
-
-    @abstractmethod
-    def build(self, shape: ModelShape) -> "GateStack":
-        """Fresh modules for a model of this shape."""
-
-    def width(self, shape: ModelShape) -> int:
-        """The hidden width, resolved for a model."""
-        return min(512, shape.hidden_size * 7 // 16) if self.gate_hidden is None else self.gate_hidden
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the architecture's name."""
-        return {"name": self.name, **asdict(self)}
-
-
-class GateStack(nn.Module):
-    """Per-layer trunks and, where the architecture shares one, a head for all layers."""
-
-    def __init__(self, layers: nn.ModuleList, shared: nn.Module | None = None) -> None:
-        super().__init__()
-        self.layers = layers
-        self.shared = shared
-
-    def score(
-        self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]
-    ) -> Float[Tensor, "batch tokens kv_heads"]:
-        """Pre-activation of the gate, last projection in fp32."""
-        features = self.layers[layer](hidden_states)
-        return features if self.shared is None else self.shared(features)
-
-
-class Head(nn.Module):
-    """A last projection with its offset, both fp32: `s = W phi + offset`."""
-
-    def __init__(self, width: int, outputs: int, offsets: int, half_life: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, width))
-        self.offset = nn.Parameter(torch.full((offsets,), offset_for_half_life(half_life)))
-        nn.init.normal_(self.weight, std=width**-0.5)
-
-    def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch outputs"]:
-        """fp32 whatever the trunk's dtype."""
-        return features.float() @ self.weight.T.float() + self.offset.float()
-
-
-def projection(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer with weights N(0, 1 / inputs) and zero bias.
-
-    The public code of arXiv 2512.03324 draws with the model's initializer range, 0.02: the same at 2,500
-    features, far too little to start from on a small model.
-    """
-    layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=inputs**-0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["kv-cache"]):
@@ -103,6 +33,7 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         self.base = base or {}
         self.training_record: dict[str, Any] = {}
         self.stack = config.build(shape)
+        self.stack.grounding = config.grounding(shape)
         self.memory: RetentionMemory | None = None
         """The memory of evicted tokens that was trained with these gates, if any."""
 
@@ -113,17 +44,49 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         return cls(config, model_shape(model), base).to(model.device)
 
     def forward(
-        self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]
+        self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"], **beside: Tensor | None
     ) -> Float[Tensor, "batch kv_heads tokens"]:
         """`log_beta` of every token for evictable layer number `layer`, fp32, at most 0: the log-sigmoid of `score`."""
-        return log_beta_from_score(self.score(layer, hidden_states))
+        return log_beta_from_score(self.score(layer, hidden_states, **beside))
 
     def score(
-        self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"]
+        self,
+        layer: int,
+        hidden_states: Float[Tensor, "batch tokens hidden"],
+        *,
+        visual: Bool[Tensor, "batch tokens"] | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+        budget: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch kv_heads tokens"]:
-        """The gate's pre-activation, fp32: what regressions fit and policies without decay rank by."""
-        trunk = next(self.stack.layers[layer].parameters())
-        return self.stack.score(layer, hidden_states.to(trunk.dtype)).transpose(1, 2)
+        """The gate's pre-activation, fp32: what regressions fit and policies without decay rank by.
+
+        `budget` in entries per head is for conditioned gates, by default their reference.
+        """
+        return self.read(layer, hidden_states, visual, valid).at(self.config.coordinate(budget))
+
+    def read(
+        self,
+        layer: int,
+        hidden_states: Float[Tensor, "batch tokens hidden"],
+        visual: Bool[Tensor, "batch tokens"] | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+        heard: Float[Tensor, "batch hidden"] | None = None,
+    ) -> Reading:
+        """What the gate says of new tokens, at any budget.
+
+        `visual` and `valid` are read by grounded gates, by default text without padding; `heard` is the reading's of
+        the tokens before.
+        """
+        hidden = hidden_states.to(next(self.stack.layers[layer].parameters()).dtype)
+        if self.stack.grounding is not None:
+            visual = torch.zeros_like(hidden[..., 0], dtype=torch.bool) if visual is None else visual
+            valid = torch.ones_like(visual) if valid is None else valid
+            hidden, heard = self.stack.grounding[layer](hidden, visual, valid, heard)
+        score = self.stack.score(layer, hidden)
+        if not self.config.budget_conditioned:
+            return Reading(score.transpose(1, 2), heard=heard)
+        score, slope = score.transpose(1, 2).unbind(-1)
+        return Reading(score, slope, heard)
 
     @torch.no_grad()
     def start_at(self, score: float) -> None:
@@ -141,6 +104,21 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
     def decays(self) -> bool:
         """Whether the output is a retention per step; otherwise its score ranks tokens whatever their age."""
         return self.training_record.get("score_kind", "decay") == "decay"
+
+    def thresholds(self, ranks: str | None, plain: bool, budgets: Shaped[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Scores that keep these budgets on average, by the artefact's calibration curve.
+
+        `ranks` is the objective whose gates a policy ranks by, `plain` whether by their score at default settings.
+
+        Raises:
+            ValueError: when there is no curve, or it was measured for another score.
+        """
+        if ranks != self.objective or not plain:
+            raise ValueError(
+                f"the calibration curve of gates trained with {self.objective} is of their own policy at its default "
+                "settings; use that, or give cache.threshold"
+            )
+        return Calibration.from_record(self.training_record).at(budgets)
 
     def check_objective(self, wanted: str, policy: str) -> None:
         """Refuse a policy that ranks by gates of another objective.

@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retention.gates.base import GateConfig, GateStack, Head, projection
+from retention.gates.architecture import GateConfig, GateStack, Head, projection
 from retention.types import ModelShape
 
 
@@ -37,13 +37,13 @@ class DBTrim(GateConfig):
         """Two-layer trunks per evictable layer and one shared head."""
         width, heads = self.width(shape), shape.num_kv_heads
         if self.scoring == "rows":
-            head: nn.Module = Head(width, heads, heads, self.init_half_life)
+            head: nn.Module = Head(width, heads, heads, self.init_half_life, conditioned=self.budget_conditioned)
         else:
             if width % heads:
                 raise ValueError(
                     f"scoring scalar cuts gate_hidden by head: expected a multiple of {heads}, got {width}"
                 )
-            head = ScalarHead(heads, width // heads, self.init_half_life)
+            head = ScalarHead(heads, width // heads, self.init_half_life, conditioned=self.budget_conditioned)
         trunks = (
             nn.Sequential(projection(shape.hidden_size, width), nn.SiLU(), projection(width, width), nn.SiLU())
             for _ in shape.layers
@@ -54,10 +54,10 @@ class DBTrim(GateConfig):
 class ScalarHead(Head):
     """One (w, offset) for every layer and head: `s_h = w . phi_h + offset`."""
 
-    def __init__(self, heads: int, width: int, half_life: float) -> None:
-        super().__init__(width, 1, 1, half_life)
+    def __init__(self, heads: int, width: int, half_life: float, *, conditioned: bool = False) -> None:
+        super().__init__(width, 1, 1, half_life, conditioned=conditioned)
         self.heads = heads
 
-    def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch outputs"]:
-        """One score per head, from its slice of the features."""
-        return super().forward(features.unflatten(-1, (self.heads, -1))).squeeze(-1)
+    def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "..."]:
+        """One score per head, or its pair with a slope, from the head's slice of the features."""
+        return super().forward(features.unflatten(-1, (self.heads, -1))).squeeze(features.dim())

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retention.gates.base import GateConfig, GateStack, projection
+from retention.gates.architecture import GateConfig, GateStack, projection
 from retention.ops.decay import offset_for_half_life
 from retention.types import ModelShape
 
@@ -24,6 +24,7 @@ class FastKVzip(GateConfig):
     """
 
     name: ClassVar[str] = "fastkvzip"
+    reads_budget: ClassVar[bool] = False
 
     bases: int = 16
     """Learned base keys per KV head."""

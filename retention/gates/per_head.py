@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retention.gates.base import GateConfig, GateStack
+from retention.gates.architecture import GateConfig, GateStack
 from retention.ops.decay import offset_for_half_life
 from retention.types import ModelShape
 
@@ -20,6 +20,8 @@ class PerHead(GateConfig):
     """
 
     name: ClassVar[str] = "per_head"
+    reads_tokens: ClassVar[bool] = False
+    reads_budget: ClassVar[bool] = False
 
     def build(self, shape: ModelShape) -> GateStack:
         """One offset per head and evictable layer."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from retention.gates.base import GateConfig, GateStack, Head, projection
+from retention.gates.architecture import GateConfig, GateStack, Head, projection
 from retention.types import ModelShape
 
 
@@ -25,8 +25,8 @@ class Trim(GateConfig):
         return GateStack(nn.ModuleList(self._layer(shape, width) for _ in shape.layers))
 
     def _layer(self, shape: ModelShape, width: int) -> nn.Sequential:
-        heads = shape.num_kv_heads
+        heads, conditioned = shape.num_kv_heads, self.budget_conditioned
         if width == 0:
-            return nn.Sequential(Head(shape.hidden_size, heads, heads, self.init_half_life))
+            return nn.Sequential(Head(shape.hidden_size, heads, heads, self.init_half_life, conditioned=conditioned))
         trunk = projection(shape.hidden_size, width)
-        return nn.Sequential(trunk, nn.SiLU(), Head(width, heads, heads, self.init_half_life))
+        return nn.Sequential(trunk, nn.SiLU(), Head(width, heads, heads, self.init_half_life, conditioned=conditioned))

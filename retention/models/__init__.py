@@ -10,14 +10,16 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(),
     "llama": Family(),
-    "llava": Family(visual_token_attributes=("image_token_id",)),
+    "llava": Family(visual_token_attributes=("image_token_id",), grid="square"),
     "mistral": Family(),
     "phi3": Family(),
     "qwen2": Family(),
-    "qwen2_5_vl": Family(visual_token_attributes=("image_token_id", "video_token_id"), rope="mrope"),
+    "qwen2_5_vl": Family(visual_token_attributes=("image_token_id", "video_token_id"), rope="mrope", grid="thw"),
     "qwen3": Family(),
     "qwen3_next": Family(),
-    "qwen3_vl": Family(visual_token_attributes=("image_token_id", "video_token_id"), rope="mrope_interleaved"),
+    "qwen3_vl": Family(
+        visual_token_attributes=("image_token_id", "video_token_id"), rope="mrope_interleaved", grid="thw"
+    ),
 }
 
 

@@ -35,6 +35,10 @@ class Family:
     """Which axis turns each frequency: "1d", or of M-RoPE's time, height and width "mrope" (one chunk each) or
     "mrope_interleaved". Every family's keys are in the half-split layout."""
 
+    grid: str = "unknown"
+    """How visual tokens lie in their image: "square" (as many as the config says, row by row), "thw" (the inputs tell
+    frames, rows and columns) or "unknown"."""
+
     def visual_ids(self, config: Any) -> list[int]:
         """Ids of the visual placeholder tokens."""
         return [getattr(config, name) for name in self.visual_token_attributes]

@@ -22,6 +22,8 @@ class Step:
     """Randomness of this step, seeded by (seed, step): resuming needs no replay."""
     done: float = 0.0
     """Share of the run that lies behind."""
+    budget: Float[Tensor, " batch"] | None = None
+    """Entries per head that this step trains for, where the objective draws them."""
 
 
 @dataclass
@@ -101,6 +103,10 @@ class Objective(ABC):
     """Score that gates start from; null leaves it to the gate's half-life."""
     teacher: ClassVar[bool] = True
     """Whether the loss compares with the full cache, which costs a second forward."""
+
+    def draw_budget(self, lengths: Int[Tensor, " batch"], generator: torch.Generator) -> Float[Tensor, " batch"] | None:
+        """The step's budget in entries per head of rows of these lengths, drawn before its forwards; None for none."""
+        return None
 
     def attend(self, call: GatedCall, step: Step) -> Attended:
         """How the gates act on one layer's attention while training."""

@@ -194,6 +194,12 @@ def keep_by_layer_pool(
     return _best(_with_floors(ranking, floors), totals, _LAYERS)
 
 
-def keep_threshold(ranking: Ranking, threshold: float) -> Bool[Tensor, "layers batch kv_heads keys"]:
-    """Every entry whose score reaches `threshold`, and the protected ones; the realised budget is an output."""
-    return ((ranking.scores >= threshold) | ranking.protected) & ranking.valid
+def keep_threshold(
+    ranking: Ranking, threshold: float | Float[Tensor, " batch"]
+) -> Bool[Tensor, "layers batch kv_heads keys"]:
+    """Every entry whose score reaches `threshold` (one, or one for each row), and the protected ones.
+
+    The realised budget is an output.
+    """
+    limit = threshold[None, :, None, None] if isinstance(threshold, Tensor) else threshold
+    return ((ranking.scores >= limit) | ranking.protected) & ranking.valid

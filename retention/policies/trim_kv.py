@@ -20,7 +20,19 @@ class TrimKV(Policy):
     collector = "gate"
     gates_of = "distillation"
 
+    lookahead: int = 1
+    """Queries to come over which retention is summed (a reconstruction)."""
+    age_offset: int = 0
+    """Added to every age; 1 is the convention of the public code."""
+
+    def __post_init__(self) -> None:
+        if self.lookahead < 1 or self.age_offset < 0:
+            raise ValueError(
+                f"expected lookahead of at least 1 and age_offset of 0 or more, got {self.lookahead} and {self.age_offset}"
+            )
+
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
-        """Log retention at the next query, fp32."""
+        """Log retention at the next query, or summed over the next `lookahead`, fp32."""
         assert kv.log_beta is not None
-        return log_alpha(kv.log_beta, kv.positions, kv.seen)
+        how = {"lookahead": self.lookahead, "age_offset": self.age_offset}
+        return log_alpha(kv.log_beta, kv.positions, kv.seen, **how)

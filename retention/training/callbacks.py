@@ -1,12 +1,14 @@
 """Validation under hard eviction, the best gates so far, and the random state: all part of every checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from retention.gates.calibration import Calibration
 from retention.ops.decay import half_life
 
 Row = dict[str, Any]
@@ -24,10 +26,11 @@ class HardEvictionValidation(L.Callback):
     It runs before the checkpoint of the same step is written, so a resumed run chooses the same gates.
     """
 
-    def __init__(self, measure: Callable[[], list[Row]], every: int, steps: int) -> None:
+    def __init__(self, measure: Callable[[], tuple[list[Row], Calibration]], every: int, steps: int) -> None:
         self.measure, self.every, self.steps = measure, every, steps
         self.best: dict[str, Tensor] = {}
         self.best_rows: list[Row] = []
+        self.best_curve: dict[str, Any] | None = None
         self.best_step, self.best_accuracy = 0, -1.0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
@@ -35,7 +38,7 @@ class HardEvictionValidation(L.Callback):
         step = trainer.global_step
         if step % self.every and step != self.steps:
             return
-        rows = self.measure()
+        rows, curve = self.measure()
         chosen = [row["accuracy"] for row in rows if row["scope"] == "global" and row["budget"] != "full"]
         accuracy = sum(chosen) / len(chosen)
         figures = {f"val/{row['scope']}_{row['budget']}": row["accuracy"] for row in rows}
@@ -44,14 +47,16 @@ class HardEvictionValidation(L.Callback):
         if accuracy >= self.best_accuracy:
             self.best = {k: v.detach().clone() for k, v in module.gates.state_dict().items()}
             self.best_rows, self.best_step, self.best_accuracy = rows, step, accuracy
+            self.best_curve = asdict(curve)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to choose the same gates after a resume."""
-        return {"best": self.best, "rows": self.best_rows, "step": self.best_step, "accuracy": self.best_accuracy}
+        found = {"rows": self.best_rows, "step": self.best_step, "accuracy": self.best_accuracy}
+        return {"best": self.best, "curve": self.best_curve, **found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the choice so far."""
-        self.best, self.best_rows = state["best"], state["rows"]
+        self.best, self.best_rows, self.best_curve = state["best"], state["rows"], state.get("curve")
         self.best_step, self.best_accuracy = state["step"], state["accuracy"]
 
 

@@ -124,5 +124,10 @@ class TrainConfig:
             raise ValueError(
                 f"objective {self.objective.name} trains gate={self.objective.gate} only, got gate={self.gate.name}"
             )
+        if self.gate.budget_conditioned and type(self.objective).draw_budget is Objective.draw_budget:
+            raise ValueError(
+                f"gate.budget_conditioned needs an objective that draws budgets, got {self.objective.name}; use "
+                "objective=distillation, or leave it out"
+            )
         if self.logger not in LOGGERS:
             raise ValueError(f"expected logger among {', '.join(LOGGERS)}, got {self.logger!r}")

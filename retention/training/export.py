@@ -14,7 +14,8 @@ from retention.types import ModelShape
 def chosen_record(validation: dict[str, Any]) -> dict[str, Any]:
     """What an artefact says of the step its gates come from, from the validation callback's state."""
     rows = {f"{row['scope']} {row['budget']}": round(row["accuracy"], 4) for row in validation["rows"]}
-    return {"chosen_step": validation["step"], "validation": rows}
+    curve = {} if validation.get("curve") is None else {"calibration": validation["curve"]}
+    return {"chosen_step": validation["step"], "validation": rows, **curve}
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, *, which: str = "best") -> Path:

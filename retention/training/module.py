@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from retention.attach.facts import valid_tokens
 from retention.attach.hidden import final_hidden
 from retention.attach.soft import attach_gates
 from retention.gates import RetentionGates
@@ -29,7 +30,10 @@ def collect(
     if objective.teacher:
         with torch.no_grad():
             teacher = final_hidden(model, inputs)
-    with attach_gates(model, gates, partial(objective.attend, step=step)) as record:
+    batch, tokens = step.labels.shape
+    lengths = valid_tokens(inputs.get("attention_mask"), batch, tokens, step.labels.device).sum(1)
+    step.budget = objective.draw_budget(lengths, step.generator)
+    with attach_gates(model, gates, partial(objective.attend, step=step), budget=step.budget) as record:
         student = final_hidden(model, inputs)
     assert record.positions is not None
     assert record.valid is not None
@@ -87,10 +91,10 @@ class GateTrainer(L.LightningModule):
         checkpoint["gate_card"] = json.dumps(self.gates.card_config())
 
     def configure_optimizers(self) -> Any:
-        """AdamW with the offsets in a group of their own; warm-up, then linear or cosine to 0."""
-        c = self.config
-        offsets = [p for name, p in self.gates.named_parameters() if name.endswith("offset")]
-        others = [p for name, p in self.gates.named_parameters() if not name.endswith("offset")]
+        """AdamW with offsets and growths in a group of their own; warm-up, then linear or cosine to 0."""
+        c, own = self.config, ("offset", "growth")
+        offsets = [p for name, p in self.gates.named_parameters() if name.endswith(own)]
+        others = [p for name, p in self.gates.named_parameters() if not name.endswith(own)]
         optimiser = torch.optim.AdamW(
             [
                 {"params": others, "lr": c.lr, "weight_decay": c.weight_decay},
