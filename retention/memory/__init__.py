@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retention.memory.base import Evicted, MemoryConfig, MemoryLayer, NoMemory, State, state_bytes
+from retention.memory.base import Evicted, MemoryConfig, MemoryLayer, NoMemory, State, state_bytes, wide
 from retention.memory.linear import Linear
 from retention.memory.moment import Moment
 from retention.memory.slots import Slots
@@ -56,4 +56,5 @@ __all__ = [
     "State",
     "memory_from_dict",
     "state_bytes",
+    "wide",
 ]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retention.types import ModelShape
@@ -36,6 +36,8 @@ class Evicted:
     """Attention received, scaled to [0, 1] per head; 0 where nobody watched."""
     scaling: float
     """Of the logits."""
+    places: Int[Tensor, "batch kv_heads entries 4"] | None = None
+    """Image, frame, row and column of patches, image -1 elsewhere; None where the model does not tell."""
 
 
 @dataclass
@@ -48,6 +50,16 @@ class MemoryConfig(ABC):
     @abstractmethod
     def build(self, shape: ModelShape) -> "MemoryLayer":
         """A fresh layer for a model of this shape."""
+
+    @property
+    def collectors(self) -> tuple[str, ...]:
+        """What has to be observed of evicted tokens while they are held."""
+        return ()
+
+    @property
+    def placed(self) -> bool:
+        """Whether it matters where in their images patches lie."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the memory's name."""
@@ -67,6 +79,11 @@ class NoMemory(MemoryConfig):
 
 class MemoryLayer(nn.Module, ABC):
     """The memory of one decoder layer: shared parameters, no state of any sequence."""
+
+    entropy: str | None = None
+    """Which entropy of evicted tokens it reads; None is neither entropy nor attention."""
+    reads_doubt: bool = False
+    """Whether reading takes the entropy of each query over the visual tokens that are held."""
 
     @abstractmethod
     def empty(self, batch: int, device: torch.device) -> State:
@@ -89,9 +106,13 @@ class MemoryLayer(nn.Module, ABC):
         out: Float[Tensor, "batch heads queries value_dim"],
         lse: Float[Tensor, "batch heads queries"],
         scaling: float,
+        doubt: Float[Tensor, "batch heads queries"] | None = None,
     ) -> Float[Tensor, "batch heads queries value_dim"]:
-        """Attention over kept entries, corrected by what the memory says of the evicted ones."""
-        return self.read_with_mass(state, query, out, lse, scaling)[0]
+        """Attention over kept entries, corrected by what the memory says of the evicted ones.
+
+        `doubt` is the entropy, in [0, 1], of each query over the visual tokens held; only `reads_doubt` needs it.
+        """
+        return self.read_with_mass(state, query, out, lse, scaling, doubt)[0]
 
     def read_with_mass(
         self,
@@ -100,10 +121,11 @@ class MemoryLayer(nn.Module, ABC):
         out: Float[Tensor, "batch heads queries value_dim"],
         lse: Float[Tensor, "batch heads queries"],
         scaling: float,
+        doubt: Float[Tensor, "batch heads queries"] | None = None,
     ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
         """The same, and the log-sum-exp of both parts together."""
         kv_heads, queries = next(iter(state.values())).shape[1], query.shape[2]
-        grouped = rearrange(query, "b (h g) q d -> b h (g q) d", h=kv_heads).float()
+        grouped = wide(rearrange(query, "b (h g) q d -> b h (g q) d", h=kv_heads))
         found = self.estimate(state, grouped, scaling)
         recalled, mass = (rearrange(x, "b h (g q) ... -> b (h g) q ...", q=queries) for x in found)
         return self.mix(out, lse, recalled, mass), torch.logaddexp(lse, mass)
@@ -112,8 +134,13 @@ class MemoryLayer(nn.Module, ABC):
         """One softmax over both parts: an empty memory, or one without mass, leaves the output as it is, bit for bit."""
         share = torch.sigmoid(mass - lse)[..., None]
         known = torch.isfinite(mass)[..., None]
-        mixed = torch.lerp(out.float(), torch.where(known, recalled, out.float()), torch.where(known, share, 0.0))
+        mixed = torch.lerp(wide(out), torch.where(known, recalled, wide(out)), torch.where(known, share, 0.0))
         return torch.where(known, mixed.to(out.dtype), out)
+
+
+def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """In fp32, or more precise where it is already."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def state_bytes(state: State) -> int:

@@ -2,26 +2,25 @@
 
 import json
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from retention.attach.capture import Capture, LayerCapture, capture_attention
+from retention.attach.capture import Capture, capture_attention
 from retention.attach.hidden import final_hidden
-from retention.attach.simulate import SimulatedEviction, after_eviction, simulate_eviction
+from retention.attach.simulate import SimulatedEviction, after_eviction, decide_eviction, simulate_eviction
 from retention.budget import Budget
-from retention.cache.config import CacheConfig
-from retention.cache.decide import decide
 from retention.cache.recall import attention_with_lse
 from retention.gates import RetentionGates
 from retention.losses import distillation_terms
 from retention.memory import MemoryLayer, RetentionMemory
+from retention.memory.linear import LinearLayer
 from retention.policies import POLICIES
 from retention.training.config import MemoryTraining, TrainerConfig
-from retention.types import Batch, KVState
+from retention.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,41 +29,15 @@ MASS_WEIGHT = 0.1
 """Of the squared error of the log-sum-exp beside that of the output (a reconstruction)."""
 
 
-def _entries(layer: LayerCapture) -> tuple[Tensor, Tensor]:
-    return layer.key, layer.value
-
-
 def draw_eviction(capture: Capture, config: MemoryTraining, generator: torch.Generator) -> SimulatedEviction | None:
     """Evict every row's context (everything up to its last visual token, or two thirds of a text) as a policy would.
 
     Policy and kept share are drawn once for the batch, the share log-uniformly. None where everything fits.
     """
-    valid, visual, positions = capture.valid, capture.visual, capture.positions
-    assert valid is not None
-    assert visual is not None
-    assert positions is not None
-    columns = torch.arange(valid.shape[1], device=valid.device)
-    last = torch.where(visual & valid, columns, -1).amax(1)
-    text = (valid.cumsum(1) * 3 >= valid.sum(1, keepdim=True) * 2).long().argmax(1)
-    context = valid & (columns <= torch.where(last >= 0, last, text)[:, None])
     low, high = (math.log(Budget.parse(x).amount) for x in config.kept.split("-"))
     share = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
     name = config.policies[int(torch.randint(len(config.policies), (), generator=generator))]
-    policy, seen = POLICIES[name](), context.sum(1)
-    states = []
-    for number, layer in enumerate(capture.layers):
-        shape = layer.key.shape[:3]
-        where, real, seen_visual, nobody = (
-            x[:, None].expand(shape) for x in (positions, context, visual & context, torch.zeros_like(context))
-        )
-        entries = partial(_entries, layer)
-        states.append(KVState(entries, where, real, seen_visual, nobody, seen, layer.log_beta, layer=number))
-    budgets = (share * seen).round().long().clamp(min=1)
-    available = torch.stack([state.valid.sum(-1) for state in states])
-    kept = decide(states, policy, CacheConfig(), budgets, available)
-    if kept is None:
-        return None
-    return SimulatedEviction(kept, context, valid, states, [policy.score(state).float() for state in states])
+    return decide_eviction(capture, capture.context(), POLICIES[name](), share)
 
 
 def regression(
@@ -92,6 +65,28 @@ def regression(
     before = mean((bare - full).square().sum(-1).sqrt())
     recovered = 1 - mean(error.detach().sqrt()) / before.clamp(min=1e-9)
     return loss, {"recovered": recovered, "missing_mass": mean(1 - (bare_lse - full_lse).exp())}
+
+
+@torch.no_grad()
+def fit_scales(memory: LinearLayer, eviction: SimulatedEviction, number: int, capture: Capture) -> None:
+    """Set each bank's log scale so that its log mass is right on average over the queries behind the eviction.
+
+    `c_b = mean of (lse over the bank's tokens - log phi_q . z_b)` per KV head (a reconstruction); a bank that holds
+    nothing stays as it is.
+    """
+    layer, later = capture.layers[number], capture.layers[number].query[:, :, eviction.first :]
+    leaving = eviction.evicted(memory, number, layer.query, layer.key, layer.value, layer.scaling)
+    state = memory.absorb(memory.empty(len(later), later.device), leaving)
+    kv_heads, queries = layer.key.shape[1], later.shape[2]
+    phi = memory.of_query(rearrange(later, "b (h g) q d -> b h (g q) d", h=kv_heads).float())
+    for bank, mine in enumerate((leaving.visual, ~leaving.visual)):
+        seen = (leaving.mask & mine)[:, :, None].expand(-1, -1, queries, -1)
+        _, lse = attention_with_lse(later, layer.key, layer.value, seen, layer.scaling)
+        mass = rearrange((phi @ state["norm"][:, :, bank, :, None])[..., 0], "b h (g q) -> b (h g) q", q=queries)
+        known = torch.isfinite(lse) & (mass > 0) & eviction.later()[:, None]
+        gap = torch.where(known, lse - mass.clamp(min=1e-20).log(), 0.0)
+        total, count = (rearrange(x.float(), "b (h g) q -> h (b g q)", h=kv_heads).sum(1) for x in (gap, known))
+        memory.log_scale[bank] = torch.where(count > 0, total / count.clamp(min=1), memory.log_scale[bank])
 
 
 class MemoryTrainer(L.LightningModule):
@@ -132,6 +127,10 @@ class MemoryTrainer(L.LightningModule):
         eviction = draw_eviction(capture, self.training_config, generator)
         if eviction is None:
             return sum((p.sum() for p in self.memory.parameters()), start=torch.zeros(())) * 0.0
+        if self.global_step == 0:
+            for number, layer in enumerate(self.memory.layers):
+                if isinstance(layer, LinearLayer) and layer.config.normalised:
+                    fit_scales(layer, eviction, number, capture)
         if self.global_step < self.training_config.regression_share * self.config.max_steps:
             loss = self._regress(eviction, capture)
         else:

@@ -12,6 +12,7 @@ from retention.gates.trim import Trim
 from retention.policies import POLICIES, Policy
 from retention.policies.collect import COLLECTORS
 from retention.policies.window import WindowPolicy
+from retention.policies.wrapper import Wrapper
 from tests.tiny import IMAGE_TOKEN, VOCAB, tiny_llama, tiny_llava, tiny_qwen3
 
 FACTORIES = {"llama": tiny_llama, "qwen3": tiny_qwen3, "llava": tiny_llava}
@@ -47,6 +48,8 @@ SMALL: dict[str, dict[str, int]] = {
     "mada": {"proxies": 4},
     "r_kv": {"window_size": 4, "kernel_size": 3},
     "lagkv": {"lag_size": 3, "sinks": 2},
+    "retentive": {"sinks": 1, "window_size": 3},
+    "kvzip": {"chunk_size": 9, "overlap": 3, "sinks": 2},
 }
 
 
@@ -55,10 +58,14 @@ def small(name: str) -> Policy:
     kind = POLICIES[name]
     if name in SMALL:
         return kind(**SMALL[name])
+    if issubclass(kind, Wrapper):
+        return kind().over(small(kind.base))
     return kind(window_size=4, kernel_size=3) if issubclass(kind, WindowPolicy) else kind()
 
 
-EVICTING = sorted(name for name, policy in POLICIES.items() if policy.evicts)
+EVERY = sorted(name for name, policy in POLICIES.items() if policy.allocator != "quota")
+"""Policies that need no table of shares (tests/policies/test_wrappers.py has that one)."""
+EVICTING = [name for name in EVERY if POLICIES[name].evicts]
 DECODING = sorted(name for name in EVICTING if POLICIES[name].evicts_while_decoding)
 COLLECTED = tuple(sorted(set(COLLECTORS) - {"none", "keys_values"}))
 LASTING = {"gate"} | {name for name, collector in COLLECTORS.items() if collector is not None and collector.accumulates}

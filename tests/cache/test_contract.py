@@ -15,6 +15,7 @@ from tests.cache.helpers import (
     ANY_TIME,
     COLLECTED,
     DECODING,
+    EVERY,
     EVICTING,
     KV_HEADS,
     LAYERS,
@@ -118,7 +119,7 @@ def test_generate_on_a_padded_batch_equals_its_rows_alone(name):
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", EVERY)
 def test_chunks_within_the_budget_equal_one_shot(name, chunk):
     results = []
     for size in (None, chunk):
@@ -605,7 +606,7 @@ BEAMS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", EVERY)
 def test_beams_within_the_budget_are_stock_beams(name):
     ids, mask = CONTEXT
     stock = model_of().generate(ids, attention_mask=mask, **BEAMS)

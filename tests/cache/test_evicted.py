@@ -38,8 +38,25 @@ def drawn(keys=9, seed=0):
 def test_blocks_equal_the_formula(monkeypatch, how, block):
     monkeypatch.setattr(evicted, "BLOCK", block)
     for seed in range(4):
-        for got, expected in zip(merged(*drawn(seed=seed), how), naive_merged(*drawn(seed=seed), how), strict=True):
-            torch.testing.assert_close(got, expected)
+        g = torch.Generator().manual_seed(seed)
+        places = [None, torch.rand(2, 3, 30, generator=g).argsort(-1)[..., :9].sort(-1).values]
+        for positions in places:
+            pairs = (f(*drawn(seed=seed), how, positions) for f in (merged, naive_merged))
+            for got, expected in zip(*pairs, strict=True):
+                torch.testing.assert_close(got, expected)
+
+
+def test_nearest_by_hand():
+    """Positions and not slots decide, the earlier of two that are as near."""
+    values = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])[None, None, :, None]
+    kept = torch.tensor([False, True, False, False, True])[None, None]
+    positions = torch.tensor([0, 2, 4, 5, 6])[None, None]
+    _, got = merged(values, values, kept, ~kept, "nearest", positions)
+    assert got.flatten().tolist() == [pytest.approx(111 / 3), 5500.0]
+    _, got = merged(values, values, kept, ~kept, "nearest")
+    assert got.flatten().tolist() == [pytest.approx(111 / 3), 5500.0]
+    _, got = merged(values, values, kept, ~kept, "nearest", torch.tensor([0, 2, 9, 9, 10])[None, None])
+    assert got.flatten().tolist() == [pytest.approx(5.5), pytest.approx(11100 / 3)]
 
 
 def test_by_hand():
@@ -99,7 +116,7 @@ def test_the_cache_holds_what_was_merged(how, allocator):
                     stays = table[number].gather(-1, old.positions.clamp(min=0)) & old.valid
                     expected = held[number][0][stays], held[number][1][stays]
                     if name != "drop":
-                        expected = naive_merged(*held[number], stays, old.valid & ~stays, how)
+                        expected = naive_merged(*held[number], stays, old.valid & ~stays, how, old.positions)
                     for got, wanted in zip((new.keys, new.values), expected, strict=True):
                         torch.testing.assert_close(got[new.valid], wanted)
             tables.append(table)
@@ -166,7 +183,7 @@ def test_merging_while_decoding(every):
         assert (cache.kept() == 6 + 6 % every).all()
 
 
-@pytest.mark.parametrize("values", [{"on_evict": "keep"}, {"merge": "nearest"}])
+@pytest.mark.parametrize("values", [{"on_evict": "keep"}, {"merge": "closest"}])
 def test_unknown_ways_are_refused(values):
     with pytest.raises(ValueError, match=f"cache.{next(iter(values))} among"):
         CacheConfig(**values)

@@ -5,6 +5,7 @@ import torch
 
 from retention import POLICIES, Budget, CacheConfig, evicting
 from tests.cache.helpers import (
+    EVERY,
     EVICTING,
     KV_HEADS,
     LAYERS,
@@ -35,7 +36,7 @@ ANSWERS = tokens(2, 2 * STEPS, seed=3)
 @pytest.mark.parametrize("page", [2, 32], indirect=True)
 @pytest.mark.parametrize("positions", ["original", "packed"])
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", EVERY)
 def test_two_evictions_equal_the_masked_full_cache(name, scope, positions):
     model, oracle, packed = model_of(), Oracle(), positions == "packed"
     config = CacheConfig(Budget(float(BUDGET)), positions=positions, on_evict="drop", **SCOPES[scope])

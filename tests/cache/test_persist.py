@@ -16,6 +16,7 @@ from tests import tiny
 from tests.cache.helpers import (
     COLLECTED,
     DECODING,
+    EVERY,
     EVICTING,
     LASTING,
     Conversation,
@@ -74,7 +75,7 @@ def assert_goes_on(told, file, start, open_again, count=5):
 
 @pytest.mark.parametrize("when", ["before", "after", "decoding"])
 @pytest.mark.parametrize("positions", ["original", "packed"])
-@pytest.mark.parametrize("name", one_of_each(POLICIES))
+@pytest.mark.parametrize("name", one_of_each(EVERY))
 def test_a_restored_conversation_goes_on_as_the_unsaved_one(name, positions, when, tmp_path):
     every = 3 if name in DECODING else None
     config = CacheConfig(Budget(6.0), positions=positions, evict_every=every)

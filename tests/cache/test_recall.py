@@ -14,13 +14,20 @@ from tests.cache.test_ledger import assert_ledger
 
 PROMPT = left_padded(tokens(2, 24, seed=1), [24, 15])
 QUESTION = left_padded(tokens(2, 5, seed=2), [5, 3])
-KINDS = [Slots(8), Moment("full"), Linear(features=4, hidden=8)]
+KINDS = [
+    Slots(8), Moment("full"), Linear(features=4, hidden=8), Linear(features=4, hidden=8, readout="paper", entropy="across_heads"),
+    Linear(features=4, hidden=8, transition="delta", readout="gated"),
+]  # fmt: skip
 
 
 def memory_of(config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return RetentionMemory(config, model_shape(model_of()))
+        memory = RetentionMemory(config, model_shape(model_of()))
+        for name, parameter in memory.named_parameters():
+            if "gain" in name or "weight_attention" in name:
+                torch.nn.init.constant_(parameter, 0.5)
+        return memory
 
 
 def opened(config, budget=6.0, **settings):
@@ -103,6 +110,40 @@ def test_forks_beams_and_files_carry_the_memory(config, tmp_path):
         )
         cache.reset()
         assert cache.bytes().physical["memory"] == 0
+
+
+def test_a_fork_absorbs_what_a_cache_of_its_own_absorbs():
+    """The policy in force, not the one that the prompt was read with, may be the only one that reads no rows."""
+    memory = memory_of(Linear(features=4, hidden=8))
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    config, states = CacheConfig(Budget(6.0), on_evict="memory"), []
+    with evicting(model_of(), small("knorm"), config, memory=memory) as cache:
+        Conversation(model_of(), cache).feed(*PROMPT)
+        states.append([layer.recalled for layer in cache.evicting_layers])
+    with evicting(model_of(), small("full"), memory=memory, extra_collectors=("window_rows",)) as source:
+        Conversation(model_of(), source).feed(*PROMPT)
+        for policy in ("knorm", "snapkv"):
+            fork = source.fork(small(policy), config)
+            if policy == "snapkv":
+                assert all(layer.observed["observers"].shape[2] == PROMPT[0].shape[1] for layer in fork.evicting_layers)
+                continue
+            fork.evict()
+            states.append([layer.recalled for layer in fork.evicting_layers])
+    for one, other in zip(*states, strict=True):
+        assert all(torch.allclose(one[k], other[k], atol=1e-5) for k in one)
+
+
+def test_the_retention_score_s_policy_needs_no_memory_and_fills_one_that_is_there():
+    for memory in (None, memory_of(Slots(4))):
+        with evicting(model_of(), small("retentive"), CacheConfig(Budget(6.0)), memory=memory) as cache:
+            Conversation(model_of(), cache).feed(*PROMPT)
+            assert (cache.bytes().physical["memory"] > 0) == (memory is not None)
+    with (
+        pytest.raises(ValueError, match="needs a memory"),
+        evicting(model_of(), small("retentive"), CacheConfig(on_evict="memory")),
+    ):
+        pass
 
 
 def test_bytes_pay_for_the_memory_first():

@@ -13,17 +13,25 @@ from retention.memory.linear import Linear
 from retention.memory.slots import Slots
 from retention.models.family import model_shape
 from retention.training.config import MemoryTraining
-from retention.training.memory import draw_eviction, regression
+from retention.training.memory import draw_eviction, fit_scales, regression
 from retention.training.run import run
 from tests.cache.helpers import Conversation, gates_of, model_of, small, tokens
 
 IDS = tokens(2, 24, seed=4)
+SIMULATED = [
+    None, Slots(4), Linear(features=4, hidden=8), Linear(features=4, hidden=8, entropy="across_heads", readout="paper"),
+    Linear(features=4, hidden=8, transition="delta", readout="gated", entropy="pointwise"),
+]  # fmt: skip
 
 
 def memory_of(config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return RetentionMemory(config, model_shape(model_of()))
+        memory = RetentionMemory(config, model_shape(model_of()))
+        for name, parameter in memory.named_parameters():
+            if "entropy" in name or "attention" in name or "gain" in name:
+                torch.nn.init.constant_(parameter, 0.7)
+        return memory
 
 
 def drawn(policies=("trim_kv",), kept="20%-20%"):
@@ -34,7 +42,7 @@ def drawn(policies=("trim_kv",), kept="20%-20%"):
 
 
 @pytest.mark.parametrize("name", ["trim_kv", "db_trim_kv"])
-@pytest.mark.parametrize("config", [None, Slots(4), Linear(features=4, hidden=8)], ids=str)
+@pytest.mark.parametrize("config", SIMULATED, ids=str)
 def test_a_simulated_eviction_is_the_physical_one(name, config):
     eviction, _, _ = drawn([name])
     memory = None if config is None else memory_of(config)
@@ -71,6 +79,25 @@ def test_perfect_recall_has_no_regression_loss():
         assert 0 < figures["missing_mass"] < 1
 
 
+def test_scales_are_fitted_so_that_the_mass_of_a_bank_is_right_on_average():
+    eviction, capture, _ = drawn()
+    memory = memory_of(Linear(features=4, hidden=8))
+    for number, layer in enumerate(memory.layers):
+        before, (_, figures) = layer.log_scale.clone(), regression(layer, eviction, number, capture)
+        fit_scales(layer, eviction, number, capture)
+        assert torch.equal(layer.log_scale[0], before[0]), "no vision here"
+        captured, first = capture.layers[number], eviction.first
+        leaving = eviction.evicted(layer, number, captured.query, captured.key, captured.value, captured.scaling)
+        state = layer.absorb(layer.empty(2, IDS.device), leaving)
+        later = captured.query[:, :, first:].unflatten(1, (2, -1))
+        with torch.no_grad():
+            known = layer.estimate(state, later.flatten(2, 3), captured.scaling)[1].view(later.shape[:-1])
+        logits = captured.scaling * later @ captured.key[:, :, None].transpose(-1, -2)
+        lse = logits.masked_fill(~leaving.mask[:, :, None, None], float("-inf")).logsumexp(-1)
+        assert (known - lse).mean((0, 2, 3)).abs().max() < 1e-4
+        assert figures["missing_mass"] > 0
+
+
 def test_both_stages_reach_every_parameter_of_the_memory_and_nothing_else():
     eviction, capture, _ = drawn()
     memory = memory_of(Linear(features=4, hidden=8, vision_decay="step"))
@@ -85,6 +112,17 @@ def test_both_stages_reach_every_parameter_of_the_memory_and_nothing_else():
         model_of()(input_ids=IDS, use_cache=False).logits[:, eviction.first :].square().mean().backward()
     assert not {n for n, p in memory.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert all(p.grad is None for p in [*model_of().parameters(), *gates_of().parameters()])
+
+
+@pytest.mark.parametrize("name", ["paper", "delta", "joint_spatial", "gated"])
+def test_every_preset_has_finite_gradients_through_the_model(name):
+    eviction, _, _ = drawn()
+    memory = memory_of(compose("train", [f"memory={name}"]).memory)
+    with simulate_eviction(model_of(), eviction, memory):
+        model_of()(input_ids=IDS, use_cache=False).logits[:, eviction.first :].square().mean().backward()
+    grads = [p.grad for p in memory.parameters() if p.grad is not None]
+    assert grads
+    assert all(torch.isfinite(g).all() for g in grads)
 
 
 def test_nothing_is_drawn_where_everything_fits():
