@@ -139,9 +139,13 @@ class AllocationInput:
     window: Int[Tensor, " batch"] | None = None
     """Newest entries that stay in every head; null is none."""
     head_floor: float = 0.2
-    """Part of the average that every head of a layer pool keeps."""
+    """Part of the average that every head of a layer pool keeps, or is moved towards."""
+    head_form: str = "safeguard"
+    """safeguard or mix."""
     pyramid_beta: float = 20.0
     """The budget above the window, divided by its share in the last layer."""
+    integer_floor: bool = False
+    """Whether a pyramid's last layer and its steps are rounded down, as published, whatever the total."""
     available_visual: Counts | None = None
     """Those of `available` that are visual."""
     visual_share: Float[Tensor, "layers batch kv_heads"] | float | None = None
@@ -167,6 +171,25 @@ class LayerPool:
 
     totals: Int[Tensor, "layers batch"]
     floors: Counts
+
+    def settled(self, won: Counts, available: Counts) -> Counts:
+        """Counts of the heads, each of which `won` so many in the pool."""
+        return won
+
+
+@dataclass
+class MixedPool(LayerPool):
+    """The same, but what a head wins is moved towards the average of all."""
+
+    average: Int[Tensor, " batch"]
+    share: float
+    """How far, from 0 to 1."""
+
+    def settled(self, won: Counts, available: Counts) -> Counts:
+        """Largest remainders; the totals are those of the pool."""
+        weights = (1 - self.share) * won.double() + self.share * self.average[:, None].double()
+        counts = water_fill(weights.cpu(), torch.minimum(self.totals, available.sum(2)).cpu(), available.cpu())
+        return counts.to(available.device)
 
 
 @dataclass
@@ -198,7 +221,10 @@ def quota(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
         ValueError: when no quota table was given, or one of another shape.
     """
     if given.quota is None:
-        raise ValueError("allocator 'quota' needs a table of shares per layer and head, got none; set cache.quota")
+        raise ValueError(
+            "allocator 'quota' needs a table of shares per layer and head, got none; set cache.quota (an evaluation "
+            "measures it on trained gates for policies named quota or quota+X)"
+        )
     layers, batch, kv_heads = given.available.shape
     if given.quota.shape != (layers, kv_heads):
         raise ValueError(
@@ -233,7 +259,8 @@ def pyramid(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
     """Much for the first layer, little for the last, linear between (PyramidKV, arXiv 2406.02069).
 
     With `b = budget - window`, the last layer holds `window + b / beta` and the first `window + 2 b - b / beta`,
-    or as many as there are: then the last layers hold what is over.
+    or as many as there are: then the last layers hold what is over. With `integer_floor`, `b / beta` and the step
+    from layer to layer are whole numbers as in the public code, and the total may fall short or be exceeded.
     """
     layers = len(given.available)
     window = torch.zeros_like(budget) if given.window is None else torch.minimum(given.window, budget)
@@ -241,6 +268,11 @@ def pyramid(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
     room = (given.available.amax(0) - window[:, None]).clamp(min=0)
     first = torch.minimum(2 * above - above / given.pyramid_beta, room.double())
     last = 2 * above - first
+    if given.integer_floor:
+        first = torch.minimum(2 * above - (above / given.pyramid_beta).floor(), room.double())
+        step = ((2 * first - 2 * above) / max(layers - 1, 1)).floor()
+        counts = window[:, None] + first - step * torch.arange(layers, device=budget.device)[:, None, None]
+        return torch.minimum(counts.long().expand_as(given.available), given.available)
     depth = torch.arange(layers, device=budget.device).double()[:, None, None] / max(layers - 1, 1)
     return _by_layer(window[:, None] + first - depth * (first - last), budget, given.available)
 
@@ -276,9 +308,12 @@ def weighted(budget: Int[Tensor, " batch"], given: AllocationInput) -> Counts:
 def head_adaptive(budget: Int[Tensor, " batch"], given: AllocationInput) -> LayerPool:
     """The heads of a layer share its budget as the scores decide, each at least a part alpha of the average.
 
-    The safeguarded form of AdaKV (arXiv 2407.11550).
+    The safeguarded form of AdaKV (arXiv 2407.11550). The other one, `mix`, pools without floors and then gives a head
+    `(1 - alpha) * what it won + alpha * average`.
     """
     totals = torch.minimum(budget * given.available.shape[2], given.available.sum(2))
+    if given.head_form == "mix":
+        return MixedPool(totals, torch.zeros_like(given.available), budget, given.head_floor)
     floors = (given.head_floor * budget.double()).floor().long()[None, :, None]
     return LayerPool(totals, torch.minimum(floors, given.available))
 
@@ -311,5 +346,6 @@ ALLOCATORS: dict[str, Allocator] = {
     "weighted": weighted,
     "head_adaptive": head_adaptive,
 }
+HEAD_FORMS = ("safeguard", "mix")
 BY_CONTENT = ("modality", "weighted")
 """Allocators that read what is cached, not only how much."""

@@ -97,6 +97,23 @@ def test_pyramid_hands_on_what_a_short_layer_cannot_hold():
     assert pyramid(torch.tensor([100]), given).flatten().tolist() == [40, 222, 151, 79, 8]
 
 
+def test_a_pyramid_of_whole_numbers_is_the_published_one():
+    """`lo = floor(b / beta)`, `hi = 2 b - lo`, at most what is there, and steps of `floor((hi - lo) / (L - 1))`."""
+    for budget, layers, length, window, beta in ((100, 5, 1000, 20, 20), (37, 4, 1000, 3, 7), (100, 5, 130, 20, 2)):
+        b = budget - window
+        low = b // beta
+        high = 2 * b - low
+        if high > length - window:
+            high = length - window
+            low = 2 * b - high
+        step = (high - low) // (layers - 1)
+        expected = [window + high - layer * step for layer in range(layers)]
+        options = {"window": torch.tensor([window]), "pyramid_beta": float(beta)}
+        assert steps(budget, layers, length, **options, integer_floor=True) == expected
+        assert sum(steps(budget, layers, length, **options)) == budget * layers
+    assert sum(steps(100, 6, 1000, window=torch.tensor([20]), integer_floor=True)) != 100 * 6
+
+
 def test_pyramid_of_one_layer_is_the_budget():
     assert steps(100, 1, 1000) == [100]
 

@@ -83,7 +83,9 @@ def test_configs_are_live_objects() -> None:
     assert type(train.objective) in OBJECTIVES.values()
     assert type(train.task) in TASKS.values()
     assert (type(train.model), type(train.data), type(train.trainer)) == (ModelConfig, DataConfig, TrainerConfig)
-    assert {name: type(policy) for name, policy in evaluate.policy.items()} == POLICIES
+    kinds = {name: type(policy) for name, policy in evaluate.policy.items()}
+    assert {name: kinds[name] for name in POLICIES} == POLICIES
+    assert set(kinds.values()) == set(POLICIES.values())
     assert all(type(task) in TASKS.values() for task in evaluate.task.values())
     assert type(evaluate.cache) is CacheConfig
 

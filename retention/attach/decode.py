@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retention.cache.layer import EvictingLayer
-from retention.cache.recall import attention_with_lse
+from retention.cache.recall import attention_with_lse, doubt_of
 from retention.ops import ragged_triton
 from retention.ops.ragged import ragged_attention
 
@@ -40,8 +40,12 @@ def recalled_attention(
     memory = layer.memory
     assert memory is not None
     keys, values = layer.read()
-    out, lse = attention_with_lse(query, keys, values, layer.visible(query.shape[2]), scaling)
-    return memory.read(layer.recalled, query, out, lse, scaling)
+    visible = layer.visible(query.shape[2])
+    out, lse = attention_with_lse(query, keys, values, visible, scaling)
+    visual = layer.state().visual if memory.reads_doubt else visible[:, :, 0]
+    return memory.read(
+        layer.recalled, query, out, lse, scaling, doubt_of(memory, query, keys, visible, visual, scaling)
+    )
 
 
 def _ragged(

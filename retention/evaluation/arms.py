@@ -39,7 +39,7 @@ def full_arm(config: EvalConfig, protocol: Protocol) -> Arm:
 
 def needs_gates(config: EvalConfig, name: str) -> bool:
     """Whether a policy name stands for anything that trained gates take part in."""
-    return bool(prefix_of(name)) or config.policy[name].needs_gates
+    return bool(prefix_of(name)) or name == QUOTA or config.policy[name].needs_gates
 
 
 def make_arm(
@@ -47,13 +47,14 @@ def make_arm(
 ) -> Arm:
     """An arm by its name in the config.
 
-    `quota+X` is X with the gates' shares per layer and head, other prefixes say what becomes of evicted entries.
+    `quota+X`, or `quota` with X as its base, is X with the gates' shares per layer and head; other prefixes say what
+    becomes of evicted entries.
     """
     policy, prefix = config.policy[base_name(name)], prefix_of(name)
     cache = config.cache_for(budget, protocol)
     if prefix in MEMORY:
         cache = replace(cache, on_evict=MEMORY[prefix])
-    if prefix == QUOTA:
+    if name.startswith(QUOTA):
         assert quota is not None
         cache = replace(cache, allocator="quota", quota=quota.tolist())
     return Arm(name, policy, cache, budget, protocol, needs_gates(config, name))

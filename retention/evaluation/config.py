@@ -10,7 +10,8 @@ from retention.models.load import ModelConfig
 from retention.policies import POLICIES, Policy
 from retention.tasks import TASKS, Task
 
-QUOTA = "quota+"
+QUOTA = "quota"
+"""The preset, and the start of names such as `quota+keydiff`, whose shares are measured on trained gates."""
 MEMORY = {"memory+": "memory", "memory_paid+": "memory_paid", "refund+": "refund"}
 """What becomes of evicted entries, by the prefix of a policy's name."""
 
@@ -45,8 +46,8 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=lambda: ["needles"])
     """Names of presets in `task`."""
     policies: list[str] = field(default_factory=lambda: ["db_trim_kv", "trim_kv", "keydiff", "snapkv", "h2o", "random"])
-    """Names of presets in `policy`; full is always there. `quota+X` gives X the gates' own shares per layer and
-    head; `memory+X` lets X's evicted entries flow into the gates' memory, `memory_paid+X` takes its bytes out of X's
+    """Names of presets in `policy`; full is always there. `quota` and `quota+X` give keydiff, or X, the gates'
+    own shares per layer and head; `memory+X` lets X's evicted entries flow into the gates' memory, `memory_paid+X` takes its bytes out of X's
     entries, and `refund+X` is X without a memory, its bytes spent on more entries."""
     budgets: list[str] = field(default_factory=lambda: ["10%", "5%", "2.5%"])
     """Tokens per head, fractions of the context, or bytes per sequence."""
@@ -78,9 +79,12 @@ class EvalConfig:
             Budget.parse(text)
         for text in self.protocols:
             Protocol.parse(text)
+        for policy in self.policy.values():
+            policy.bind(self.policy)
         for name in self.policies:
-            prefixes = (QUOTA, *MEMORY)
-            if base_name(name) not in self.policy or prefix_of(name) not in ("", *prefixes):
+            prefixes = (f"{QUOTA}+", *MEMORY)
+            fits = prefix_of(name) in (("",) if base_name(name) == QUOTA else ("", *prefixes))
+            if base_name(name) not in self.policy or not fits:
                 raise ValueError(
                     f"expected policies among {', '.join(self.policy)} (or {', '.join(prefixes)} before one of them), got {name!r}"
                 )

@@ -19,14 +19,18 @@ def pool_along_entries(
     return torch.zeros_like(pooled).scatter(-1, order, pooled)
 
 
-def window_score(
-    rows: Float[Tensor, "batch kv_heads rows keys"],
+def pool_apart(
+    scores: Float[Tensor, "batch kv_heads keys"],
     valid: Bool[Tensor, "batch kv_heads keys"],
-    window_size: int,
+    window: Bool[Tensor, "batch kv_heads keys"],
     kernel_size: int,
+    *,
+    largest: bool = False,
 ) -> Float[Tensor, "batch kv_heads keys"]:
-    """Attention received from the newest rows on average, pooled along entries (arXiv 2404.14469)."""
-    return pool_along_entries(rows[:, :, -window_size:].mean(2), valid, kernel_size)
+    """Mean, or the `largest`, of each entry's neighbours; those in the window are no neighbours of those before it."""
+    pool = peak_along_entries if largest else pool_along_entries
+    inside, before = (pool(scores, valid & kind, kernel_size) for kind in (window, ~window))
+    return torch.where(window, inside, before)
 
 
 def mean_over_heads(

@@ -1,12 +1,14 @@
 """The interface of every eviction policy: hyper-parameters and a score, nothing else."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from retention.policies.collect import Foresight, Repetition
 from retention.types import KVState
 
 
@@ -60,6 +62,34 @@ class Policy(ABC):
         self, kv: KVState, score: Float[Tensor, "batch kv_heads keys"]
     ) -> Float[Tensor, "batch kv_heads keys"] | None:
         """Another score for the rest of the budget once `score` has chosen its `first_share` of it."""
+        return None
+
+    def step_score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
+        """The method's own rule for decoding, in force where `steps`: the lowest leaves, infinite may not."""
+        raise NotImplementedError
+
+    def bind(self, table: Mapping[str, "Policy"], outer: tuple[str, ...] = ()) -> None:  # noqa: B027  (most build on none)
+        """Told all presets with their settings, for a method that builds on another one; `outer` builds on this."""
+
+    def without_value_norm(self) -> "Policy":
+        """The same without a norm of values in its score, for who multiplies by one anyway."""
+        return self
+
+    @property
+    def steps(self) -> bool:
+        """Whether a decoded token makes at most one entry of a head leave, which then may hold its part of a prompt.
+
+        The head's budget grows with every token by the share of the last prompt that the head kept.
+        """
+        return False
+
+    @property
+    def weighs_layers(self) -> bool:
+        """Whether `layer_weight` says anything."""
+        return type(self).layer_weight is not Policy.layer_weight
+
+    def second_pass(self) -> Repetition | Foresight | None:
+        """What is fed behind a prompt before a decision about it, and never stays; most methods need nothing."""
         return None
 
     @property

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retention.ops.scores import pool_along_entries
+from retention.ops.scores import pool_apart
 from retention.policies.base import Policy
 from retention.policies.collect import MOMENT_ROWS, MOMENTS
 from retention.types import KVState
@@ -47,11 +47,11 @@ class Cake(Policy):
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
         """Pooled mean and variance, fp32."""
         mean, variance, _ = (self.observed(kv, name) for name in MOMENTS)
-        return pool_along_entries(mean + self.gamma * variance, kv.valid, self.kernel_size)
+        return pool_apart(mean + self.gamma * variance, kv.valid, ~self._before(kv), self.kernel_size)
 
     def layer_weight(self, kv: KVState) -> Float[Tensor, " batch"]:
         """The layer's preference."""
-        before = kv.valid & (kv.seen[:, None, None] - kv.positions > MOMENT_ROWS)
+        before = self._before(kv)
         variance, entropy = (
             torch.where(before, self.observed(kv, name), 0.0).double().sum((1, 2)) for name in MOMENTS[1:]
         )
@@ -65,6 +65,10 @@ class Cake(Policy):
         share = torch.where(total > 0, readings / total.clamp(min=1e-300), 1 / len(readings))
         window = (budgets // 2).clamp(max=MOMENT_ROWS)
         return window + (budgets - window) * len(readings) * share
+
+    def _before(self, kv: KVState) -> Bool[Tensor, "batch kv_heads keys"]:
+        """Entries in front of the window."""
+        return kv.valid & (kv.seen[:, None, None] - kv.positions > MOMENT_ROWS)
 
     def recent(self, budget: int) -> int:
         """The window, at most half of the budget."""

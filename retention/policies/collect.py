@@ -2,6 +2,9 @@
 
 A collector sees one layer's post-RoPE queries and all its cached keys and returns statistics aligned with
 the keys. `accumulates` says whether a statistic of earlier forwards is added to (column sums) or replaced.
+
+The collectors `second_pass` and `answer_pass` see nothing of the prompt's own forward: more is fed behind the prompt
+right before a decision (`Repetition`, `Foresight`), entries keep what they got there, and what was fed is forgotten.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retention.ops.entropy import OBSERVED, OBSERVED_HEADS, observer_rows, observing_queries
 from retention.ops.observe import (
     attention_rows,
     column_sums,
@@ -42,6 +46,39 @@ EXPECTED = ("expected_mean", "expected_spread")
 LEAST = 0.01
 """Part of a row's largest weight below which attention counts as none."""
 DENSITY = ("text_dense", "text_seen")
+
+
+REPEATED, FORESEEN = "second_pass", "answer_pass"
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """All that came since the last eviction is fed once more, in chunks, each measured against its own entries."""
+
+    chunk: int
+    """Tokens repeated at a time."""
+    overlap: int
+    """Last tokens of a chunk that open the next one."""
+    sinks: int
+    """First tokens that take part in every chunk's softmax."""
+    words: tuple[str, str]
+    """What asks for the first chunk, and for a later one; empty, or for want of a tokenizer, nothing does."""
+    weighed: bool = False
+    """Times `||W_O v||` of the entry, by the norm of the query's attention input."""
+
+    statistic = REPEATED
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """The questions to come are fed with their answers, and measured against everything held."""
+
+    questions: bool = False
+    """Also queries of the questions count, not only those that an answer is read off."""
+    mean: bool = False
+    """The mean over queries and the query group instead of the largest."""
+
+    statistic = FORESEEN
 
 
 @dataclass
@@ -156,6 +193,21 @@ def _modality_entropy(call: Observation) -> dict[str, Tensor]:
     return {"modality_entropy": found}
 
 
+def _observers(call: Observation, *, by_head: bool) -> Tensor:
+    assert call.valid is not None
+    assert call.visual is not None
+    assert call.seen_visual is not None
+    last = slice(-call.window, None)
+    before = call.seen_visual | call.visual[:, : -call.window].any(1)
+    observing = observing_queries(call.valid[:, last], call.visual[:, last], before)
+    queries, visible = call.queries[:, :, last], call.visible[:, :, last]
+    return observer_rows(queries, call.keys, visible, call.scaling, observing, by_head=by_head)
+
+
+def _nothing(call: Observation) -> dict[str, Tensor]:
+    return {}
+
+
 COLLECTORS: dict[str, Collector | None] = {
     "none": None,
     "keys_values": None,
@@ -167,8 +219,14 @@ COLLECTORS: dict[str, Collector | None] = {
     "window_moments": Collector(_window_moments, MOMENTS, newest=True),
     "output_norm": Collector(_output_norm, ("output_norm",)),
     "query_moments": Collector(_query_moments, EXPECTED),
+    OBSERVED: Collector(lambda call: {OBSERVED: _observers(call, by_head=False)}, (OBSERVED,), newest=True, rolls=True),
+    OBSERVED_HEADS: Collector(
+        lambda call: {OBSERVED_HEADS: _observers(call, by_head=True)}, (OBSERVED_HEADS,), newest=True, rolls=True
+    ),
     "modality_entropy": Collector(_modality_entropy, ("modality_entropy",), accumulates=True),
     "text_density": Collector(_text_density, DENSITY, accumulates=True),
+    REPEATED: Collector(_nothing, (REPEATED,), accumulates=True, newest=True),
+    FORESEEN: Collector(_nothing, (FORESEEN,), accumulates=True, newest=True),
 }
 
 

@@ -11,6 +11,7 @@ from retention.policies.base import Policy
 from retention.types import KVState
 
 MODES = ("generalised", "as_published")
+DECODES = ("grow", "published")
 
 
 @dataclass
@@ -31,8 +32,12 @@ class TGVKV(Policy):
 
     `as_published` follows the public implementation: text is ranked by the attention of all queries, vision scores are
     not divided, and what a layer cannot hold is lost. Differs from it: several images and padded batches are allowed,
-    text between images counts, and decoded tokens stay or, with `cache.evict_every`, are ranked like the prompt (the
-    implementation deletes at most one entry a step from budgets that grow).
+    and text between images counts.
+
+    Decoded tokens stay (`decode=grow`) or, with `cache.evict_every`, are ranked like the prompt. `decode=published` is
+    the rule of the public implementation: a layer's budget grows as `seen * budget_l / N` from what the prompt left of
+    its N tokens, and at every step at most one entry leaves, the least in the newest query's attention (mean over
+    heads), but none of the first 4 and none of the prompts' text behind the last image. Decoded tokens may leave.
     """
 
     collector = "text_rows"
@@ -48,19 +53,41 @@ class TGVKV(Policy):
     """Text before vision; false ranks both together."""
     redistribute: bool = True
     """What a layer cannot hold goes to the others; false loses it, as `as_published` does."""
+    decode: str = "grow"
+    """grow (decoded tokens stay) or published (budgets grow, at most one entry leaves at each step)."""
     sinks: int = 4
     """First tokens that come before everything else."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"expected tgvkv.mode {' or '.join(MODES)}, got {self.mode!r}")
+        if self.decode not in DECODES:
+            raise ValueError(f"expected tgvkv.decode {' or '.join(DECODES)}, got {self.decode!r}")
         if self.sinks < 0:
             raise ValueError(f"expected tgvkv.sinks of 0 or more, got {self.sinks}")
 
     @property
     def collectors(self) -> tuple[str, ...]:
-        """Column sums over all queries as well, where the public implementation reads them."""
-        return (self.collector, "column_sums") if self.mode == "as_published" else (self.collector,)
+        """With the public implementation, column sums over all queries as well; with its decoding, the newest row."""
+        ranks = ("column_sums",) if self.mode == "as_published" else ()
+        return (self.collector, *ranks, *(("window_rows",) if self.steps else ()))
+
+    @property
+    def observed_rows(self) -> int:
+        """The newest query, where decoding reads it."""
+        return 1 if self.steps else 0
+
+    @property
+    def steps(self) -> bool:
+        """As published."""
+        return self.decode == "published"
+
+    def step_score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
+        """Attention of the newest query, mean over heads; infinite for the first tokens and the text behind images."""
+        assert kv.suffix is not None
+        rows = self.observed(kv, "window_rows")[:, :, -1]
+        heeded = mean_over_heads(rows, kv.positions, kv.valid)
+        return heeded.masked_fill((kv.positions < self.sinks) | kv.suffix, torch.inf)
 
     @property
     def least(self) -> int:

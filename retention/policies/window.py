@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from retention.ops.scores import window_score
+from retention.ops.scores import mean_row, pool_apart
 from retention.policies.base import Policy
 from retention.policies.collect import WINDOW
 from retention.types import KVState
+
+POOLINGS = ("avg", "max")
 
 
 @dataclass
@@ -21,7 +23,9 @@ class WindowPolicy(Policy):
     window_size: int = 32
     """Query rows observed, and recent entries kept."""
     kernel_size: int = 5
-    """Average pooling along keys, odd; 1 switches it off."""
+    """Pooling along keys, odd; 1 switches it off. Entries of the window are pooled among themselves."""
+    pooling: str = "avg"
+    """avg or max."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__.lower()
@@ -30,12 +34,17 @@ class WindowPolicy(Policy):
         if self.kernel_size % 2 != 1:
             raise ValueError(f"expected an odd {name}.kernel_size, got {self.kernel_size}")
 
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"expected {name}.pooling {' or '.join(POOLINGS)}, got {self.pooling!r}")
+
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
-        """Pooled mean of the observed rows; neighbours are neighbouring entries, padding and holes left out."""
+        """Pooled mean of the observed rows that are no padding; neighbours are neighbouring entries, holes left out."""
         if "window_rows" not in kv.statistics:
             name = type(self).__name__
             raise ValueError(f"{name} decides right after a prompt, and none ran since the last eviction")
-        return window_score(kv.statistics["window_rows"], kv.valid, self.window_size, self.kernel_size)
+        received = mean_row(kv.statistics["window_rows"][:, :, -self.window_size :])
+        window = kv.seen[:, None, None] - kv.positions <= self.window_size
+        return pool_apart(received, kv.valid, window, self.kernel_size, largest=self.pooling == "max")
 
     @property
     def observed_rows(self) -> int:

@@ -19,6 +19,7 @@ from retention.policies.meda import Meda
 from retention.policies.mixkv import MixKV
 from retention.policies.prefixkv import PrefixKV
 from retention.policies.r_kv import RKV
+from retention.policies.snapkv import SnapKV
 from retention.policies.vl_cache import VLCache
 from tests.policies.test_matrix import HEADS, KEYS, ROWS, state, winners, with_holes
 
@@ -126,7 +127,8 @@ def test_cake_pools_mean_and_variance_and_weighs_dispersion_and_variance(monkeyp
     kv, policy = state(), Cake(gamma=3.0, tau1=2.0, tau2=0.5, kernel_size=3)
     raw = kv.statistics["row_mean"] + 3.0 * kv.statistics["row_variance"]
     for key in range(KEYS):
-        near = raw[..., max(0, key - 1) : key + 2].mean(-1)
+        low, high = (0, KEYS - 3) if key < KEYS - 3 else (KEYS - 3, KEYS)  # never across the window
+        near = raw[..., max(low, key - 1) : min(high, key + 2)].mean(-1)
         assert torch.allclose(policy.score(kv)[..., key], near, atol=1e-5)
     spread = kv.statistics["row_entropy"][..., :-3].sum((1, 2)).double()
     unrest = kv.statistics["row_variance"][..., :-3].sum((1, 2)).double()
@@ -324,8 +326,21 @@ def test_mixkv_mixes_importance_and_diversity():
             assert torch.allclose(score[row, head], (1 - alike) * importance + alike * diversity, atol=1e-5)
 
 
+def test_mixkv_reads_its_mixture_from_a_table():
+    kv, settings = state(layer=1), {"window_size": 4, "kernel_size": 1}
+    table = [[0.5] * HEADS, [0.0, 0.25, 1.0]]
+    score = MixKV(table=table, **settings).score(kv)
+    ends = [MixKV(table=[[r] * HEADS] * 2, **settings).score(kv) for r in (0.0, 1.0)]
+    for head, r in enumerate(table[1]):
+        assert torch.allclose(score[:, head], (1 - r) * ends[0][:, head] + r * ends[1][:, head], atol=1e-6)
+    with pytest.raises(ValueError, match=rf"{HEADS} numbers for layer 1, got 0"):
+        MixKV(table=[[0.5] * HEADS], **settings).score(kv)
+    with pytest.raises(ValueError, match=r"mixkv\.table"):
+        MixKV(table=[[2.0]])
+
+
 def test_criticalkv_fills_the_second_half_by_the_output():
-    kv, policy = state(), CriticalKV(window_size=1, kernel_size=1)
+    kv, policy = state(), CriticalKV().over(SnapKV(window_size=1, kernel_size=1))
     masks = winners([kv], policy, CacheConfig(Budget(7.0)), torch.tensor([7, 4]))
     assert masks is not None
     score = policy.score(kv)
@@ -341,7 +356,7 @@ def test_criticalkv_fills_the_second_half_by_the_output():
 
 
 def test_padded_rows_do_not_count_against_the_constant_of_criticalkv():
-    kv, policy = state(), CriticalKV(kernel_size=1)
+    kv, policy = state(), CriticalKV().over(SnapKV(kernel_size=1))
     rows = kv.statistics["window_rows"]
     more = replace(kv, statistics={**kv.statistics, "window_rows": F.pad(rows, (0, 0, 5, 0))})
     assert torch.allclose(policy.score(more), policy.score(kv))
@@ -352,7 +367,9 @@ def test_padded_rows_do_not_count_against_the_constant_of_criticalkv():
 def test_expected_attention_is_a_softmax_times_the_norm_of_the_value(use_covariance, use_vnorm):
     kv = state()
     logits = kv.statistics["expected_mean"] + use_covariance * kv.statistics["expected_spread"]
-    expected = logits.softmax(-1).mean(2) * (kv.values.norm(dim=-1) if use_vnorm else 1.0)
+    expected = (logits - logits[..., 4:].logsumexp(-1, keepdim=True)).exp().mean(2)
+    assert torch.allclose(expected[..., 4:], logits[..., 4:].softmax(-1).mean(2))
+    expected = expected * (kv.values.norm(dim=-1) if use_vnorm else 1.0)
     score = ExpectedAttention(use_covariance=use_covariance, use_vnorm=use_vnorm).score(kv)
     assert torch.allclose(score, expected, atol=1e-6)
 
@@ -378,7 +395,7 @@ def test_impossible_settings_are_refused(policy, values):
         policy(**values)
 
 
-@pytest.mark.parametrize("policy", [Cake, CriticalKV, ExpectedAttention, PrefixKV])
+@pytest.mark.parametrize("policy", [Cake, ExpectedAttention, PrefixKV])
 def test_policies_for_prompts_say_so(policy):
     with pytest.raises(ValueError, match=f"{policy.__name__} decides right after a prompt"):
         policy().score(replace(state(), statistics={}))

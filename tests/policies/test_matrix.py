@@ -1,6 +1,7 @@
 """Every policy on hand-made states: what it prefers, that higher means keep, and that counts are met."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ def state(keys: int = KEYS, layer: int = 0, rows: int = ROWS, seed: int = 0) -> 
             "text_seen": torch.arange(keys, 0, -1.0).expand(shape).clone(),
             "window_peaks": torch.rand(rows, HEADS, 6, keys, generator=g),
             "modality_entropy": torch.rand(shape, generator=g),
+            "observers": torch.rand(rows, HEADS, 6, 1, keys, generator=g),
             "output_norm": torch.rand(shape, generator=g),
             "row_mean": torch.rand(shape, generator=g),
             "row_variance": 0.01 * torch.rand(shape, generator=g),
             "row_entropy": torch.rand(shape, generator=g),
+            "second_pass": torch.rand(shape, generator=g),
+            "answer_pass": torch.rand(shape, generator=g),
             "expected_mean": torch.randn(rows, HEADS, 2, keys, generator=g),
             "expected_spread": torch.rand(rows, HEADS, 2, keys, generator=g),
         },
@@ -187,7 +191,8 @@ def test_nothing_over_budget_decides_nothing():
 def test_every_policy_has_a_preset(name):
     text = (CONFIGS / "policy" / f"{name}.yaml").read_text()
     assert f"{name}_schema" in text
-    assert {file.stem for file in (CONFIGS / "policy").glob("*.yaml")} == set(POLICIES)
+    others = [file for file in (CONFIGS / "policy").glob("*.yaml") if file.stem not in POLICIES]
+    assert all(re.search(r"defaults: \[(\w+)\]", file.read_text())[1] in POLICIES for file in others)
 
 
 def test_full_never_evicts():
@@ -203,6 +208,18 @@ def test_knorm_prefers_small_keys():
     scores = Knorm().score(kv)
     assert scores[0, 0].argsort(descending=True)[:3].tolist() == [1, 2, 0]
     assert scores[0, 0, 1] == pytest.approx(-math.sqrt(WIDTH))
+
+
+def test_layers_that_knorm_skips_keep_everything_and_the_others_pay():
+    states, budgets = [state(layer=n) for n in range(4)], torch.tensor([6, 2])
+    policy = Knorm(skip_layers=[0, 2])
+    masks = winners(states, policy, CacheConfig(Budget(6.0)), budgets)
+    assert masks.sum(-1)[:, :, 0].T.tolist() == [[11, 1, 11, 1], [3, 1, 3, 1]], "as far as the total reaches"
+    masks = winners(states, policy, CacheConfig(Budget(6.0)), torch.tensor([9, 9]))
+    assert masks.sum(-1)[:, 0, 0].tolist() == [12, 6, 12, 6]
+    own = Knorm().score(states[1])[0, 0].topk(6).indices
+    assert masks[1, 0, 0, own].all()
+    assert (winners(states, Knorm(), CacheConfig(Budget(6.0)), budgets).sum(-1)[:, 0] == 6).all()
 
 
 def test_keydiff_prefers_the_odd_one_out():
@@ -242,10 +259,13 @@ def test_snapkv_pools_the_mean_of_its_window():
     rows = kv.statistics["window_rows"]
     mean = rows[:, :, -4:].mean(2)
     assert torch.allclose(SnapKV(window_size=4, kernel_size=1).score(kv), mean)
-    pooled = SnapKV(window_size=4, kernel_size=5).score(kv)
-    for key in range(KEYS):
-        near = mean[..., max(0, key - 2) : key + 3]
-        assert torch.allclose(pooled[..., key], near.mean(-1), atol=1e-6)
+    for pooling in ("avg", "max"):
+        pooled = SnapKV(window_size=4, kernel_size=5, pooling=pooling).score(kv)
+        for key in range(KEYS):
+            low, high = (0, KEYS - 4) if key < KEYS - 4 else (KEYS - 4, KEYS)  # never across the window
+            near = mean[..., max(low, key - 2) : min(high, key + 3)]
+            expected = near.mean(-1) if pooling == "avg" else near.amax(-1)
+            assert torch.allclose(pooled[..., key], expected, atol=1e-6)
     assert torch.allclose(SnapKV(window_size=64, kernel_size=1).score(kv), rows.mean(2))
 
 
@@ -303,6 +323,8 @@ def test_one_pool_gives_entries_to_the_heads_that_forget_slowly():
         (SnapKV, {"window_size": 0}),
         (SnapKV, {"window_size": 65}),
         (SnapKV, {"kernel_size": 4}),
+        (SnapKV, {"pooling": "sum"}),
+        (Knorm, {"skip_layers": [-1]}),
         (H2O, {"normalise": "mean"}),
         (H2O, {"recent_share": 1.0}),
     ],

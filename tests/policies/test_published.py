@@ -53,13 +53,14 @@ def test_tova_follows_every_decoded_token_and_says_when_it_cannot():
             cache.evict()
 
 
-@pytest.mark.parametrize("policy", [PyramidKV, AdaKV])
-def test_one_score_under_three_allocators(policy):
+def test_one_score_under_three_allocators():
     kv, sizes = state(), {"window_size": 4, "kernel_size": 3}
-    assert torch.equal(policy(**sizes).score(kv), SnapKV(**sizes).score(kv))
-    assert policy.allocator == {PyramidKV: "pyramid", AdaKV: "head_adaptive"}[policy]
-    with pytest.raises(ValueError, match=f"{policy.__name__.lower()}.window_size"):
-        policy(window_size=0)
+    snap = SnapKV(**sizes)
+    for policy, allocator in ((PyramidKV(**sizes), "pyramid"), (AdaKV().over(snap), "head_adaptive")):
+        assert torch.equal(policy.score(kv), snap.score(kv))
+        assert policy.allocator == allocator
+    with pytest.raises(ValueError, match=r"pyramidkv\.window_size"):
+        PyramidKV(window_size=0)
 
 
 def test_pyramidkv_falls_linearly_over_the_layers():
@@ -76,7 +77,7 @@ def test_adakv_pools_the_heads_of_a_layer_above_a_floor():
     kv = state()
     rows = kv.statistics["window_rows"]
     kv.statistics["window_rows"] = rows * torch.tensor([10.0, 1.0, 0.001])[None, :, None, None]
-    policy = AdaKV(window_size=1, kernel_size=1)
+    policy = AdaKV().over(SnapKV(window_size=1, kernel_size=1))
     masks = winners([kv], policy, CacheConfig(Budget(6.0), head_floor=0.5), BUDGETS)[0]
     assert masks.sum((1, 2)).tolist() == [18, 18]
     assert (masks.sum(-1)[:, 2] == 3).all()

@@ -221,7 +221,7 @@ def test_as_published_ranks_text_by_all_queries_and_divides_nothing():
     assert TGVKV().collectors == ("text_rows",)
 
 
-@pytest.mark.parametrize("values", [{"mode": "paper"}, {"sinks": -1}])
+@pytest.mark.parametrize("values", [{"mode": "paper"}, {"sinks": -1}, {"decode": "shrink"}])
 def test_impossible_settings_are_refused(values):
     with pytest.raises(ValueError, match=f"tgvkv.{next(iter(values))}"):
         TGVKV(**values)
