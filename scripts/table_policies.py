@@ -8,19 +8,23 @@ what is missing is trained first. A stopped run goes on where it was. `--quick` 
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from bench_decode import QUICK as QUICK_PLAN
+from bench_decode import Plan, curve
+from decode_caches import Bench as DecodeBench
 from policies_page import claims, page, write_cells
 from table_main import QUICK_TRAIN, SEEDS, TRAININGS
 
 from retention.config import compose, presets
 from retention.data.render import Renderer
 from retention.evaluation import plots
-from retention.evaluation.arms import make_arm
+from retention.evaluation.arms import make_arm, needs_gates
 from retention.evaluation.config import EvalConfig
 from retention.evaluation.protocol import Protocol
 from retention.evaluation.run import claim, load_gate_sets
@@ -30,8 +34,9 @@ from retention.evaluation.statistics import holm, paired_difference, paired_p_va
 from retention.evaluation.store import RowStore
 from retention.files import write_json, write_text
 from retention.models import family_of
+from retention.models.family import model_shape
 from retention.models.load import load_configured
-from retention.policies import POLICIES
+from retention.policies import POLICIES, Policy
 from retention.provenance import hardware
 from retention.training.run import run as train
 
@@ -67,6 +72,8 @@ class Found:
     refused: dict[Key, str] = field(default_factory=dict)
     not_learnt: dict[str, Cell] = field(default_factory=dict)
     summary: list[Cell] = field(default_factory=list)
+    speed: Cell = field(default_factory=dict)
+    """Decoding with a fifth of a long context kept."""
 
     def difference(self, one: Key, other: Key, turns: slice = slice(None)) -> tuple[float, float, float]:
         """Paired difference in accuracy on some turns, with its interval."""
@@ -127,10 +134,10 @@ class Bench:
         renderer = Renderer(processor, family_of(model).visual_ids(model.config))
         self.runner = Runner(model, renderer, self.base.model.prompt_style)
 
-    def config(self, task: str, gates: str | None, **lists: Iterable[str]) -> EvalConfig:
+    def config(self, task: str, gates: str | None, folder: str | None = None, **lists: Iterable[str]) -> EvalConfig:
         """Settings of one evaluation: policies, budgets and protocols of one task."""
         size = self.base.batch_size if self.quick else SUITE[task][1]
-        place = {"output_dir": str(self.out / task), "batch_size": size, "gates": gates}
+        place = {"output_dir": str(self.out / (folder or task)), "batch_size": size, "gates": gates}
         return replace(self.base, tasks=[task], **place, **{name: list(values) for name, values in lists.items()})
 
     def run(self, config: EvalConfig) -> None:
@@ -138,17 +145,19 @@ class Bench:
         claim(Path(config.output_dir), config)
         Session(config, self.runner, load_gate_sets(config), RowStore(Path(config.output_dir) / "examples.jsonl")).run()
 
-    def rows(self, task: str) -> list[Cell]:
-        """All answers of a task."""
-        return RowStore(self.out / task / "examples.jsonl").rows
+    def rows(self, folder: str) -> list[Cell]:
+        """All answers in a folder, the task's name where nothing else was chosen."""
+        return RowStore(self.out / folder / "examples.jsonl").rows
 
     def refusals(self, config: EvalConfig) -> Iterator[tuple[Key, str]]:
         """What cannot be decided, with the policy's own words: every cell is tried on one question of one context."""
         gates, task = load_gate_sets(config)[0].gates, config.task[config.tasks[0]]
         batch = self.runner.renderer.render([task.example(config.seed, "val", 0, style=self.runner.style, n_turns=1)])
+        shape = model_shape(self.runner.model)
+        even = torch.ones(shape.num_layers, shape.num_kv_heads)  # whatever the gates' shares, for a trial
         for protocol in config.protocols:
             for name in config.policies:
-                arms = [make_arm(config, name, budget, Protocol.parse(protocol), None) for budget in config.budgets]
+                arms = [make_arm(config, name, budget, Protocol.parse(protocol), even) for budget in config.budgets]
                 if self._refusal(batch, arms, gates):
                     for arm in arms:
                         if reason := self._refusal(batch, [arm], gates):
@@ -166,15 +175,19 @@ class Bench:
 
 def evaluate_task(found: Found, bench: Bench, task: str, gates: dict[str, str]) -> None:
     """All cells of one task that can be decided, into `found`; nothing but the full cache where it has not learnt it."""
-    names = [name for name, policy in POLICIES.items() if policy.evicts]
+    table = bench.base.policy
+    names = [name for name, policy in table.items() if policy.evicts]
     budgets = BUDGETS[3:4] if bench.quick else BUDGETS
     bench.run(bench.config(task, None, policies=["random"], budgets=budgets[-1:], protocols=PROTOCOLS[:1]))
     full = next(r for r in summarise(bench.rows(task)) if r["policy"] == "full")
     if full["accuracy"] < (1 + full["chance"]) / 2 and not (bench.quick and task != "diffuse_count"):
         found.not_learnt[task] = full
         return
-    for objective in dict.fromkeys(POLICIES[name].gates_of for name in names):
-        own = [name for name in names if POLICIES[name].gates_of == objective]
+    asked = {
+        name: table[name].gates_of or ("distillation" if needs_gates(bench.base, name) else None) for name in names
+    }
+    for objective in dict.fromkeys(asked.values()):
+        own = [name for name in names if asked[name] == objective]
         chosen = None if objective is None else gates.get(objective)
         if objective is not None and chosen is None:
             cells = [(task, p, name, b) for p in PROTOCOLS for name in own for b in budgets]
@@ -190,27 +203,22 @@ def evaluate_task(found: Found, bench: Bench, task: str, gates: dict[str, str]) 
                 groups.setdefault((tuple(p for p in PROTOCOLS if allowed[p] == those), those), []).append(name)
         for (protocols, those), policies in groups.items():
             bench.run(bench.config(task, chosen, policies=policies, budgets=those, protocols=protocols))
-    collect(found, [row for row in bench.rows(task) if row["policy"] in (*names, "full")])
+    collect(found, [row for row in bench.rows(task) if row["policy"] in (*names, "full")], table)
 
 
-def collect(found: Found, rows: list[Cell]) -> None:
+def collect(found: Found, rows: list[Cell], table: Mapping[str, Policy]) -> None:
     """Summaries and scores of one task's rows, with paired comparisons corrected over its policies and budgets."""
     grouped: dict[Key, list[Cell]] = {}
     for row in rows:
         key = (row["task"], row["protocol"].split("/")[0], row["policy"], row["budget"]["requested"])
         grouped.setdefault(key, []).append(row)
     order = {name: i for i, name in enumerate(sorted({row["example_id"] for row in rows}))}
-    for key, own in grouped.items():
-        seeds = sorted({row["seed_train"] for row in own}, key=lambda seed: (seed is None, seed))
-        scores = np.full((own[0]["n_turns"], len(seeds), len(order)), np.nan)
-        for row in own:
-            scores[row["turn"], seeds.index(row["seed_train"]), order[row["example_id"]]] = row["score"]
-        found.scores[key] = scores
+    found.scores |= {key: cube(own, order) for key, own in grouped.items()}
     for row in summarise(rows):
         key = (row["task"], row["protocol"].split("/")[0], row["policy"], row["budget"])
         found.cells[key] = row | {
             "learned": bool(row["seed_accuracy"]),
-            "reference": POLICIES[row["policy"]].needs_evidence,
+            "reference": table[row["policy"]].needs_evidence,
         }
         found.summary.append(row)
     for task, protocol in dict.fromkeys(key[:2] for key in grouped):
@@ -219,6 +227,15 @@ def collect(found: Found, rows: list[Cell]) -> None:
         best = {key[3]: (task, protocol, _best(found, key), key[3]) for key in keys}
         _compare(found, keys, dict.fromkeys(keys, full), "full")
         _compare(found, keys, {key: best[key[3]] for key in keys}, "best")
+
+
+def cube(rows: list[Cell], order: dict[str, int]) -> np.ndarray:
+    """Scores of one cell as [turns, seeds, contexts]; NaN is missing."""
+    seeds = sorted({row["seed_train"] for row in rows}, key=lambda seed: (seed is None, seed))
+    scores = np.full((rows[0]["n_turns"], len(seeds), len(order)), np.nan)
+    for row in rows:
+        scores[row["turn"], seeds.index(row["seed_train"]), order[row["example_id"]]] = row["score"]
+    return scores
 
 
 def _best(found: Found, key: Key) -> str:
@@ -233,6 +250,13 @@ def _compare(found: Found, keys: list[Key], with_: dict[Key, Key], name: str) ->
         gap, low, high = found.difference(key, with_[key])
         found.cells[key] |= {f"diff_{name}": gap, f"diff_{name}_low": low, f"diff_{name}_high": high, f"p_{name}": p}
         found.cells[key][f"reference_{name}"] = with_[key][2]
+
+
+def decode_speed(quick: bool) -> Cell:
+    """Decoding with 20% of a context kept in one pool, by turns with the fastest full cache (random Llama and contents)."""
+    plan = replace(QUICK_PLAN if quick else Plan(), curve_contexts=(512 if quick else 8192,), curve_budgets=("20%",))
+    rows = curve(DecodeBench(plan.decoder, torch.device("cpu"), 14.0 * 2**30), plan)
+    return next(row for row in rows if row.get("budget") == "20%")
 
 
 def draw(found: Found, out: Path) -> list[str]:
@@ -280,6 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         training, _ = SUITE[task]
         own = {objective: folders for (of, objective), folders in gates.items() if of == training}
         evaluate_task(found, bench, task, own)
+    found.speed = decode_speed(args.quick)
     pictures = [] if args.quick else draw(found, args.out)
     text = page(found, budgets=BUDGETS, pictures=pictures)
     if args.json:
