@@ -44,6 +44,8 @@ SPENT = ("memory+", "memory_paid+", "refund+")
 TASKS = {"recall": 16, "majority": 32, "needles": 32}
 """Contexts that are evaluated together."""
 BUDGETS = ("20%", "10%", "5%", "2.5%", "1.25%")
+CONTEXTS = 32
+"""Of every task, all their turns."""
 LOOKED_AT = 8
 """Contexts of a task that diagnostics read."""
 QUICK_TRAIN = ["trainer.max_steps=2", "trainer.val_every=2", "trainer.save_every=2", "data.batch_size=2", "data.val_examples=2", "trainer.val_budgets=[5%]"]  # fmt: skip
@@ -84,7 +86,7 @@ class Bench:
 
     def __init__(self, work: Path, quick: bool) -> None:
         self.work, self.quick = work, quick
-        few = ["examples=2", "batch_size=2"] if quick else []
+        few = ["examples=2", "batch_size=2"] if quick else [f"examples={CONTEXTS}"]
         self.base = compose("eval", ["gates=null", *few])
         model, processor = load_configured(self.base.model)
         self.renderer = Renderer(processor, family_of(model).visual_ids(model.config))
@@ -198,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--gates", default=GATES, help="folders of trained gates without a memory, or a pattern of them"
     )
+    parser.add_argument("--memories", nargs="+", default=MEMORIES, choices=MEMORIES, help="presets to compare; all")
     parser.add_argument("--work", type=Path, default=Path("outputs/report_memory"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args(argv)
@@ -206,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"expected trained gates at {args.gates}, found none; run python scripts/table_main.py")
     work, quick = (args.work / "quick" if args.quick else args.work), args.quick
     sources, tasks, budgets = (sources[:1], ("recall",), ("5%",)) if quick else (sources, tuple(TASKS), BUDGETS)
-    shown = ("retentive", "paper", "moment") if quick else MEMORIES
+    shown = ("retentive", "paper", "moment") if quick else tuple(args.memories)
     gates = {"none": sources} | {memory: memory_folders(sources, work, memory, quick) for memory in shown}
     found, bench = Found(), Bench(work, quick)
     for memory in shown:

@@ -55,6 +55,8 @@ QUICK_SUITE = ("ask_subset", "recall", "text_heavy", "diffuse_count")
 TASK_OF = {"ask_subset": "ask_subset", "plain": "needles"}
 BUDGETS = ("50%", "20%", "10%", "5%", "2.5%")
 PROTOCOLS = ("agnostic", "aware")
+CONTEXTS = 32
+"""Of every task, all their turns."""
 DRAWN = ("ask_subset", "needles", "recall", "majority", "text_heavy")
 LINES = 5
 QUICK = ["examples=2", "batch_size=2", "quota_examples=2"]
@@ -136,8 +138,8 @@ class Bench:
 
     def config(self, task: str, gates: str | None, folder: str | None = None, **lists: Iterable[str]) -> EvalConfig:
         """Settings of one evaluation: policies, budgets and protocols of one task."""
-        size = self.base.batch_size if self.quick else SUITE[task][1]
-        place = {"output_dir": str(self.out / (folder or task)), "batch_size": size, "gates": gates}
+        size, count = (self.base.batch_size, self.base.examples) if self.quick else (SUITE[task][1], CONTEXTS)
+        place = {"output_dir": str(self.out / (folder or task)), "batch_size": size, "examples": count, "gates": gates}
         return replace(self.base, tasks=[task], **place, **{name: list(values) for name, values in lists.items()})
 
     def run(self, config: EvalConfig) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from retention.attach.hard import evicting
 from retention.cache.evicting import EvictingCache
+from retention.cache.inputs import Answers
 from retention.data.render import Rendered, Renderer
 from retention.evaluation.arms import Arm
 from retention.evaluation.protocol import Protocol
 from retention.gates import RetentionGates
 from retention.policies import POLICIES
+from retention.policies.collect import Foresight
 from retention.tasks import Task
 from retention.tasks.answering import answer_turns, prefill, read_on
 from retention.tasks.scorers import SCORERS
@@ -64,15 +66,15 @@ class Runner:
             return
         collectors = tuple({name for arm in arms for name in arm.policy.collectors})
         packed = any(arm.cache.positions == "packed" for arm in arms)
-        with evicting(
-            self.model, POLICIES["full"](), gates=gates, extra_collectors=collectors, packed=packed
-        ) as source:
+        shared = {"extra_collectors": collectors, "packed": packed, "tokenizer": self.renderer.tokenizer}
+        with evicting(self.model, POLICIES["full"](), gates=gates, **shared) as source:
             self._prefill(source, batch, protocol)
             for arm in arms:
                 yield arm, *self._answer(arm, source.fork(arm.policy, arm.cache), batch, prefilled=True)
 
     def _open(self, arm: Arm, gates: RetentionGates | None) -> Any:
-        return evicting(self.model, arm.policy, arm.cache, gates=gates if arm.needs_gates else None)
+        own, tokenizer = gates if arm.needs_gates else None, self.renderer.tokenizer
+        return evicting(self.model, arm.policy, arm.cache, gates=own, tokenizer=tokenizer)
 
     def _prefill(self, cache: EvictingCache, batch: Rendered, protocol: Protocol) -> None:
         prefill(self.model, cache, batch, pad=self.renderer.pad, first_question=protocol.question == "aware")
@@ -83,6 +85,8 @@ class Runner:
         started = time.perf_counter()
         if arm.policy.needs_evidence:
             cache.mark_evidence(_evidence_mask(batch))
+        if isinstance(arm.policy.second_pass(), Foresight):
+            cache.tokens.inputs.answers = dialogues(batch)
         if prefilled:
             cache.evict()
         else:
@@ -151,6 +155,22 @@ def _evidence_mask(batch: Rendered) -> Bool[Tensor, "batch positions"]:
     for row, places in enumerate(rows):
         mask[row, places] = True
     return mask
+
+
+def dialogues(batch: Rendered) -> Answers:
+    """Each context's questions with their reference answers, one after the other, as a model that is right has them."""
+    rows = [
+        [
+            (token, i >= len(question) - 1 and i + 1 < len(question) + len(answer))
+            for question, answer in zip(turns.questions, turns.answers, strict=True)
+            for i, token in enumerate(question + answer)
+        ]
+        for turns in batch.turns
+    ]
+    longest = max(map(len, rows))
+    padded = torch.tensor([[*row, *[(0, False)] * (longest - len(row))] for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    return Answers(padded[..., 0], torch.arange(longest) < lengths[:, None], padded[..., 1].bool())
 
 
 def evidence_recall(
