@@ -52,6 +52,8 @@ SUITE = {  # task: the training whose gates it takes, contexts evaluated togethe
     "diffuse_count": ("plain", 32),
 }
 QUICK_SUITE = ("ask_subset", "recall", "text_heavy", "diffuse_count")
+COMPARED = "plain"
+"""The training that other objectives than distillation are trained on as well."""
 TASK_OF = {"ask_subset": "ask_subset", "plain": "needles"}
 BUDGETS = ("50%", "20%", "10%", "5%", "2.5%")
 PROTOCOLS = ("agnostic", "aware")
@@ -98,22 +100,24 @@ def gate_folders(work: Path, quick: bool, others: bool) -> dict[tuple[str, str],
     """Gates by training and objective, as the evaluation wants them named; trained here where some are missing."""
     found = {}
     for objective in dict.fromkeys(p.gates_of for p in POLICIES.values() if p.gates_of):
-        for training, overrides in TRAININGS.items():
-            if objective != "distillation":
-                if not others or quick:
-                    continue
-                short = f"{objective}_short_context"
-                overrides = [
-                    f"objective={short if short in presets('objective') else objective}",
-                    f"task={TASK_OF[training]}",
-                ]
-                overrides += ["gate=per_head"] if objective == "duo_attention" else []
-            name = training if objective == "distillation" else f"{training}_{objective}"
+        for training in TRAININGS:
+            if objective != "distillation" and (quick or not others or training != COMPARED):
+                continue
+            name, overrides = gates_for(training, objective)
             folders = [
                 trained(work, f"{name}_seed{seed}", overrides, seed, quick) for seed in (SEEDS[:1] if quick else SEEDS)
             ]
             found[training, objective] = ",".join(map(str, folders))
     return found
+
+
+def gates_for(training: str, preset: str) -> tuple[str, list[str]]:
+    """Name and overrides of the training that makes gates by an objective's preset, on the task of a training."""
+    if preset == "distillation":
+        return training, TRAININGS[training]
+    short = f"{preset}_short_context"
+    overrides = [f"objective={short if short in presets('objective') else preset}", f"task={TASK_OF[training]}"]
+    return f"{training}_{preset}", [*overrides, *(["gate=per_head"] if preset == "duo_attention" else [])]
 
 
 def trained(work: Path, name: str, overrides: list[str], seed: int, quick: bool) -> Path:
@@ -193,7 +197,7 @@ def evaluate_task(found: Found, bench: Bench, task: str, gates: dict[str, str]) 
         chosen = None if objective is None else gates.get(objective)
         if objective is not None and chosen is None:
             cells = [(task, p, name, b) for p in PROTOCOLS for name in own for b in budgets]
-            found.refused |= dict.fromkeys(cells, f"no gates trained with objective {objective} in this run")
+            found.refused |= dict.fromkeys(cells, f"no gates trained with objective {objective} on this task")
             continue
         found.refused |= dict(
             bench.refusals(bench.config(task, chosen, policies=own, budgets=budgets, protocols=PROTOCOLS))

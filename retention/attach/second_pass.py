@@ -59,9 +59,15 @@ class ListeningLayer(CacheLayerMixin):
         held = self.source.read()
         keys, values = (torch.cat([old, new], 2) for old, new in zip(held, (key, value), strict=True))
         self.staging = max(self.staging, tensor_bytes(keys, values))
+        together = self.source.store.counts is None  # before the first eviction all heads see the same
+        valid = (
+            self.state.valid[:, :1]
+            if together
+            else self.state.valid.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        )
         outputs = []
         for own in torch.arange(query.shape[2], device=query.device).split(BLOCK):
-            seen = self._visible(self.state.valid, own).repeat_interleave(query.shape[1] // key.shape[1], 1)
+            seen = self._visible(valid, own)
             outputs.append(sdpa_attention_forward(module, query[:, :, own], keys, values, seen, 0.0, scaling)[0])
         return torch.cat(outputs, 1)
 

@@ -43,19 +43,38 @@ def heeded(
     streams: Float[Tensor, "batch queries"] | None = None,
     summed: bool = False,
 ) -> Float[Tensor, "batch kv_heads keys"]:
-    """The same in blocks of the columns where any row asks: memory linear in the number of keys."""
+    """The same in blocks of the columns where any row asks: memory linear in the number of keys.
+
+    The largest is taken of logarithms, so that a block's map is neither normalised nor weighted as a whole.
+    """
     found = torch.zeros(keys.shape[:3], device=keys.device)
     columns = torch.nonzero(asking.any(0)).flatten()
     for own in columns.split(BLOCK) if len(columns) else ():
-        block = naive_heeded(
-            queries[:, :, own],
-            keys,
-            visible[:, :, own],
-            asking[:, own],
-            scaling,
-            sizes=sizes,
-            streams=None if streams is None else streams[:, own],
-            summed=summed,
-        )
-        found = found + block if summed else torch.maximum(found, block)
+        part = (queries[:, :, own], keys, visible[:, :, own], asking[:, own], scaling)
+        row_sizes = None if streams is None else streams[:, own]
+        if summed:
+            found = found + naive_heeded(*part, sizes=sizes, streams=row_sizes, summed=True)
+        else:
+            found = torch.maximum(found, _largest(*part, sizes, row_sizes))
     return found
+
+
+def _largest(
+    queries: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads keys head_dim"],
+    visible: Bool[Tensor, "batch kv_heads queries keys"],
+    asking: Bool[Tensor, "batch queries"],
+    scaling: float,
+    sizes: Float[Tensor, "batch heads keys"] | None,
+    streams: Float[Tensor, "batch queries"] | None,
+) -> Float[Tensor, "batch kv_heads keys"]:
+    grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float() * scaling
+    logits = (grouped @ keys.float().transpose(-1, -2)[:, :, None]).masked_fill_(~visible[:, :, None], float("-inf"))
+    less = logits.logsumexp(-1, keepdim=True)
+    if streams is not None:
+        less = less + streams[:, None, None, :, None].clamp(min=1e-20).log()
+    logits -= less.masked_fill(~asking[:, None, None, :, None] | less.isneginf(), float("inf"))
+    peaks = logits.amax(3)
+    if sizes is not None:
+        peaks = peaks + rearrange(sizes, "b (h g) k -> b h g k", h=keys.shape[1]).log()
+    return peaks.amax(2).exp()

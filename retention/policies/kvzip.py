@@ -18,11 +18,13 @@ class KVzip(Policy):
     it, `chunk_size` tokens at a time, each chunk on its own behind the cached prompt. For the entries of that chunk A
     is a softmax over the first `sinks` tokens, those entries and what was fed so far; the sinks themselves score 1.
     Nothing that was fed stays, and the next token goes where it would have gone. Images are repeated as the embeddings
-    the decoder got. It costs about one prefill more (two for attention), only where something has to leave, and the
-    embeddings of the prompt are held until then. `plus` is the variant that the gates of `kvzap` predict (arXiv
-    2601.07891): `A * ||W_O v_j|| / ||x_r||`, x the attention input of the fed query. `head_level` ranks whole heads by
-    their largest score, and the others are left with sinks and recent entries. The published variant inside each layer
-    is `cache.allocator=head_adaptive` with `cache.head_floor=0`.
+    the decoder got. Where something has to leave it costs one prefill more, in which every query sees the whole prompt
+    and the attention to its own chunk is computed a second time; the embeddings of the prompt are held until then.
+
+    `plus` is the variant that the gates of `kvzap` predict (arXiv 2601.07891): `A * ||W_O v_j|| / ||x_r||`, x the
+    attention input of the fed query. `head_level` ranks whole heads by their largest score, and the others are left
+    with sinks and recent entries. The published variant inside each layer is `cache.allocator=head_adaptive` with
+    `cache.head_floor=0`.
 
     Everything since the last decision is repeated, and entries that stay keep their score: with `cache.prefill_chunk`
     each chunk of the prompt as soon as it is in (the paper has the whole context cached), in later turns the new prompt

@@ -70,7 +70,7 @@ def test_every_cell_is_measured_or_left_out_with_a_reason(script, told, few, tmp
     assert reasons == {
         "needs_a_row": "NeedsARow reads window rows and got none",
         "broken": "failed with KeyError: 'oops'",
-        "db_trim_kv": "no gates trained with objective distillation in this run",
+        "db_trim_kv": "no gates trained with objective distillation on this task",
     }
     assert found.best_heuristic("text_heavy", "agnostic", "5%") in ("keydiff", "needs_a_row")
     same = (
