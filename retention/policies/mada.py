@@ -38,6 +38,8 @@ class Mada(Policy):
     """Newest tokens whose attention decides."""
     theta: float = 0.9
     """Part of a modality's attention that its entries should cover."""
+    preference: bool = True
+    """Heads split their budget between modalities by what they heed; false splits it by what is there."""
     compensate: bool = True
     """Layers share the budget by what they need; false gives all the same."""
 
@@ -62,9 +64,9 @@ class Mada(Policy):
         )
 
     def visual_share(self, kv: KVState) -> Float[Tensor, "batch kv_heads"]:
-        """w_V / (w_V + w_T); what is there decides where nothing was heeded."""
-        heeded = self.score(kv)
-        heeded = torch.where((heeded > 0).any(-1, keepdim=True), heeded, kv.valid.float())
+        """w_V / (w_V + w_T); what is there decides where nothing was heeded, or without preference."""
+        heeded, there = self.score(kv), kv.valid.float()
+        heeded = torch.where((heeded > 0).any(-1, keepdim=True) & self.preference, heeded, there)
         vision, text = (torch.where(kind, heeded, 0.0).double().sum(-1) for kind in self._kinds(kv))
         return vision / (vision + text).clamp(min=1e-300)
 

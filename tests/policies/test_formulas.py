@@ -107,6 +107,14 @@ def test_mada_without_compensation_gives_layers_the_same():
     assert masks[:, 0].sum(-1).unique().tolist() == [5]
 
 
+def test_mada_without_preference_splits_by_what_is_there():
+    kv = multimodal()
+    counts = (kv.visual & kv.valid).sum(-1).double(), kv.valid.sum(-1).double()
+    share = Mada(preference=False).visual_share(kv)
+    assert torch.allclose(share, counts[0] / counts[1])
+    assert not torch.allclose(share, Mada().visual_share(kv))
+
+
 def test_mada_without_an_observation_keeps_the_newest_in_proportion():
     layers = [replace(multimodal(n), statistics={}) for n in range(2)]
     masks = winners(layers, Mada(), CacheConfig(Budget(5.0)), torch.tensor([5, 5]))
