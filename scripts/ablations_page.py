@@ -16,7 +16,6 @@ EXPECTED = (
     ("without_capacity", "loses most of all losses (AIME24 75.8 to 42.9 in arXiv 2512.03324)"),
     ("without_kl", "loses a little (75.8 to 72.1 there)"),
     ("without_ntp", "loses a little (75.8 to 72.5 there)"),
-    ("zero_offset", "loses: forgetting from the start (secondary source)"),
     ("linear_gate", "loses: an MLP is better than a linear gate (secondary source)"),
 )
 
@@ -71,7 +70,7 @@ def verdicts(found: Any) -> list[tuple[str, str, str]]:
                 f"largest loss: {least}",
             )
         )
-    own = {"10%": "large_budget", "5%": "budget 5%", "2.5%": "budget 2.5%", "1.25%": "small_budget"}
+    own = {"10%": "large_budget", "1.25%": "small_budget"}
     for name, what in ((
         "budget_conditioned", "One budget-conditioned checkpoint"), ("demo", "One checkpoint trained on a range of budgets, not conditioned,"
     )):  # fmt: skip
