@@ -87,7 +87,7 @@ def page(
     parts = [
         "# Training signals on the embedded model", "",
         f"Command: `python scripts/table_signals.py`. Every row: gates of one objective, 400 steps of 8 contexts of plain needles, {full['n_contexts']} test contexts of "
-        f"{full['n_turns']} answers, evicted before any question is read; full cache {full['accuracy']:.3f}. Every objective with its own preset of the demo's trainer "
+        f"{full['n'] // full['n_contexts']} answers each, evicted before any question is read; full cache {full['accuracy']:.3f}. Every objective with its own preset of the demo's trainer "
         "(distillation: `experiment=plain`), its own start, and the gate architecture that it needs; `_answers`: asked by the tokens that answer, as distillation is scored there.", "",
         f"Machine: {machine['cpu']}, {machine['threads']} thread. torch {versions['torch']}, transformers {versions['transformers']}, "
         f"retention {versions['retention']} at {versions['git'][:10]} (uncommitted changes: {versions['git_dirty']}).", "",

@@ -76,6 +76,16 @@ def test_the_table_has_every_row_and_marks_differences(script):
     assert "[0.9" in lines[-2] or "[0.8" in lines[-2]
 
 
+def test_the_page_is_made_of_the_cells(script):
+    from ablations_page import page
+
+    found = made_up(script, {"demo": 0.9, "without_capacity": 0.3})
+    found.full = {"accuracy": 0.95, "n": 256, "n_contexts": 32}
+    text = page(found, script.POLICIES, ("5%",))
+    assert "32 contexts, 8 answers each" in text
+    assert "| without_capacity loses most" in text
+
+
 def test_an_unknown_row_is_refused(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--only", "nothing"])
