@@ -108,7 +108,7 @@ def page(found: Any, policies: Sequence[str], budgets: Sequence[str]) -> str:
         f"with {found.seeds} seeds. Task `ask_subset`, test scans, eviction before any question is read, {found.full['n_contexts']} contexts, {found.full['n'] // found.full['n_contexts']} answers each; "
         f"full cache {found.full['accuracy']:.3f}. `db_trim_kv`: one pool for all layers and heads; `trim_kv`: every head by itself.", "",
         f"Machine: {machine['cpu']}, {machine['threads']} threads. torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"retention {versions['retention']} at {versions['git'][:10]} (uncommitted changes: {versions['git_dirty']}).", "",
+        f"retention {versions['retention']} at {versions['git'][:10]} (uncommitted changes: {versions['git_dirty']}). Each artefact names the commit it was trained at.", "",
         "A cell: accuracy, then the paired difference to the demo in points with its 95% bootstrap interval over contexts and seeds; "
         f"`*`: a sign-flip test over contexts, seeds as drawn, at {ALPHA:g}, Holm-corrected over the table; beside an interval across 0 it says that some seeds differ and others do not. The demo's row: accuracy with its interval. "
         "The model is tiny and the contexts are short: rows say which parts matter here, not on large models. "
