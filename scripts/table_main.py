@@ -41,14 +41,16 @@ def train_all(work: Path, quick: bool) -> dict[str, list[Path]]:
     for name, overrides in TRAININGS.items():
         for seed in SEEDS[:1] if quick else SEEDS:
             folder = work / "train" / f"{name}_seed{seed}"
+            if (folder / "gates").exists():
+                found.setdefault(name, []).append(folder / "gates")
+                continue
             place = f"resume={folder}" if (folder / "config.json").exists() else f"output_dir={folder}"
             started = time.monotonic()
             config = compose(
                 "train", [*overrides, f"seed={seed}", "logger=csv", place, *(QUICK_TRAIN if quick else [])]
             )
-            done = (folder / "gates").exists()
             found.setdefault(name, []).append(train(config))
-            if not done and place.startswith("output_dir"):
+            if place.startswith("output_dir"):
                 write_json(folder / "seconds.json", round(time.monotonic() - started, 1))
     return found
 
