@@ -197,7 +197,7 @@ def prefills(bench: Bench, plan: Plan) -> list[Row]:
                 observers = [(layer, x) for layer in cache.evicting_layers for x in ("observe", "visible")]
                 evict, beside = (
                     [stack.enter_context(noted(*what, bench.device)) for what in watched]
-                    for watched in (eviction, [(bench.gates, "forward"), *observers])
+                    for watched in (eviction, [(bench.gates, "read"), *observers])
                 )
                 stack.enter_context(torch.inference_mode())
                 asked = {"input_ids": inputs.to(bench.device), "past_key_values": cache, "use_cache": True}
