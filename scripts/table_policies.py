@@ -51,6 +51,8 @@ SUITE = {  # task: the training whose gates it takes, contexts evaluated togethe
     "needles_1440": ("plain", 8),
     "diffuse_count": ("plain", 32),
 }
+UNASKED = ("needles_1440",)
+"""Tasks on which no question is read before the eviction: whole prompts are dear there."""
 QUICK_SUITE = ("ask_subset", "recall", "text_heavy", "diffuse_count")
 COMPARED = "plain"
 """The training that other objectives than distillation are trained on as well."""
@@ -181,7 +183,7 @@ class Bench:
 
 def evaluate_task(found: Found, bench: Bench, task: str, gates: dict[str, str]) -> None:
     """All cells of one task that can be decided, into `found`; nothing but the full cache where it has not learnt it."""
-    table = bench.base.policy
+    table, asking = bench.base.policy, PROTOCOLS[:1] if task in UNASKED else PROTOCOLS
     names = [name for name, policy in table.items() if policy.evicts]
     budgets = BUDGETS[3:4] if bench.quick else BUDGETS
     bench.run(bench.config(task, None, policies=["random"], budgets=budgets[-1:], protocols=PROTOCOLS[:1]))
@@ -196,17 +198,17 @@ def evaluate_task(found: Found, bench: Bench, task: str, gates: dict[str, str]) 
         own = [name for name in names if asked[name] == objective]
         chosen = None if objective is None else gates.get(objective)
         if objective is not None and chosen is None:
-            cells = [(task, p, name, b) for p in PROTOCOLS for name in own for b in budgets]
+            cells = [(task, p, name, b) for p in asking for name in own for b in budgets]
             found.refused |= dict.fromkeys(cells, f"no gates trained with objective {objective} on this task")
             continue
         found.refused |= dict(
-            bench.refusals(bench.config(task, chosen, policies=own, budgets=budgets, protocols=PROTOCOLS))
+            bench.refusals(bench.config(task, chosen, policies=own, budgets=budgets, protocols=asking))
         )
         groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
         for name in own:
-            allowed = {p: tuple(b for b in budgets if (task, p, name, b) not in found.refused) for p in PROTOCOLS}
+            allowed = {p: tuple(b for b in budgets if (task, p, name, b) not in found.refused) for p in asking}
             for those in dict.fromkeys(x for x in allowed.values() if x):
-                groups.setdefault((tuple(p for p in PROTOCOLS if allowed[p] == those), those), []).append(name)
+                groups.setdefault((tuple(p for p in asking if allowed[p] == those), those), []).append(name)
         for (protocols, those), policies in groups.items():
             bench.run(bench.config(task, chosen, policies=policies, budgets=those, protocols=protocols))
     collect(found, [row for row in bench.rows(task) if row["policy"] in (*names, "full")], table)
