@@ -172,7 +172,8 @@ def page(found: Any, budgets: Sequence[str]) -> str:
     seeds = max((cell["n_seeds"] for key, cell in found.cells.items() if key[1] != "full"), default=0)
     lines = [
         "# Memories of evicted tokens", "",
-        "Command: `python scripts/report_memory.py`. RetentiveKV-style (arXiv 2605.04075), reconstructed: no code of that paper is public, and nothing here reproduces its "
+        f"Command: `python scripts/report_memory.py --memories {' '.join(found.trained)}`. "
+        "RetentiveKV-style (arXiv 2605.04075), reconstructed: no code of that paper is public, and nothing here reproduces its "
         f"results. Trained on plain needles, on top of frozen gates: {', '.join(learned) or 'none'}. Without training: {', '.join(fixed) or 'none'}. Training seeds: {seeds}.", "",
         f"Machine: {machine['cpu']}, {machine['threads']} threads. torch {versions['torch']}, transformers {versions['transformers']}, retention {versions['retention']} at "
         f"{versions['git'][:10]} (uncommitted changes: {versions['git_dirty']}).", "",
