@@ -1,7 +1,7 @@
 """One full-cache forward, keeping each layer's queries, keys, values and gate outputs: what a memory is trained on."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retention.attach.facts import TokenFacts, attached, register_attention, token_positions, valid_tokens
+from retention.attach.facts import Facts
+from retention.attach.hooks import attached
+from retention.attach.plain import logit_scaling, plain_attention
 from retention.gates import RetentionGates
-from retention.models import family_of
-from retention.models.family import decoder_of, model_shape
+from retention.models.family import model_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,12 @@ class Capture:
     places: Int[Tensor, "batch tokens 4"] | None = None
     """Image, frame, row and column of patches, if known."""
 
+    def begin(self, facts: Facts) -> None:
+        """Forget the forward before; these are the next one's tokens."""
+        self.layers.clear()
+        self.valid, self.positions, self.visual = facts.valid, facts.positions, facts.visual
+        self.places = facts.places()
+
     def context(self) -> Bool[Tensor, "batch tokens"]:
         """What comes before the questions: everything up to a row's last visual token, or two thirds of a text."""
         valid, visual = self.valid, self.visual
@@ -65,48 +72,25 @@ def capturing_attention(
     retention_capture: Capture | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface: plain SDPA that remembers what it was given."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
+    """Attention function for transformers' interface: the model's own that remembers what it was given."""
     if retention_capture is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = logit_scaling(query, scaling, kwargs.get("softcap"))
         log_beta = retention_capture.log_beta.pop() if retention_capture.log_beta else None
         retention_capture.layers.append(LayerCapture(query, key, value, scale, log_beta))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
 @contextmanager
 def capture_attention(model: "PreTrainedModel", gates: RetentionGates | None = None) -> Iterator[Capture]:
     """Inside, every forward without a cache fills the yielded capture; on exit the model is exactly as before."""
-    decoder, found = decoder_of(model), Capture()
-    facts, layers = TokenFacts(family_of(model), model.config), model_shape(model).layers
-
-    def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        batch, tokens = inputs.shape[:2]
-        found.layers.clear()
-        found.valid = valid_tokens(kwargs.get("attention_mask"), batch, tokens, inputs.device)
-        found.positions = token_positions(found.valid)
-        found.visual = facts.take(batch, tokens, inputs.device)
-        found.places = facts.places(batch, tokens, inputs.device)
+    found, layers = Capture(), model_shape(model).layers
 
     @torch.no_grad()
-    def before_attention(
-        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before_layer(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         if gates is not None:
             beside = {"visual": found.visual, "valid": found.valid}
-            found.log_beta.append(gates(layers.index(module.layer_idx), kwargs["hidden_states"], **beside))
-        return args, {**kwargs, "retention_capture": found}
+            found.log_beta.append(gates(layers.index(layer), kwargs["hidden_states"], **beside))
+        return {"retention_capture": found}
 
-    register_attention(NAME, capturing_attention)
-    with ExitStack() as stack:
-        stack.enter_context(attached(model, NAME))
-        hooks = [model.register_forward_pre_hook(facts.catch, with_kwargs=True)]
-        hooks.append(decoder.register_forward_pre_hook(before_decoder, with_kwargs=True))
-        for layer in layers:
-            attention = decoder.layers[layer].self_attn
-            hooks.append(attention.register_forward_pre_hook(before_attention, with_kwargs=True))
-        for hook in hooks:
-            stack.callback(hook.remove)
+    with attached(model, NAME, capturing_attention, layers, before_layer, before_forward=found.begin):
         yield found

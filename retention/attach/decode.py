@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from retention.cache.layer import EvictingLayer
 from retention.cache.recall import attention_with_lse, doubt_of
 from retention.ops import ragged_triton
+from retention.ops.logits import softcap_of
 from retention.ops.ragged import ragged_attention
 
 
@@ -27,6 +28,8 @@ def decode_attention(
     visible = layer.buffer_visible()
     if store.owner is not None:
         return _ragged(layer, query, keys, values, visible, scaling)
+    if softcap_of(scaling) is not None:
+        return attention_with_lse(query, *layer.read(), layer.visible(1), scaling)[0]
     grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[-1])
     mask = None if visible is None else visible[:, :, None]
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
@@ -55,7 +58,7 @@ def _ragged(
     store, (pages_k, pages_v) = layer.store, layer.store.pages
     assert store.owner is not None
     assert store.page_counts is not None
-    if not (query.is_cuda and has_triton()):
+    if softcap_of(scaling) is not None or not (query.is_cuda and has_triton()):
         return ragged_attention(query, pages_k, pages_v, store.owner, keys, values, visible, scaling)[0]
     return ragged_triton.decode(
         query,

@@ -1,51 +1,77 @@
-"""What a forward knows of its tokens, and the guards both attachments share."""
+"""What a forward knows of its tokens: padding, modality, places."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from retention.models.family import Family, decoder_of
+from retention.models.family import Family
 from retention.models.patches import GRIDS, patch_places
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-_attached: "WeakSet[nn.Module]" = WeakSet()
+@dataclass(frozen=True)
+class Facts:
+    """The tokens of one forward of the decoder."""
+
+    valid: Bool[Tensor, "batch tokens"]
+    visual: Bool[Tensor, "batch tokens"]
+    """All False where only embeddings were given."""
+    padded: bool
+    """Whether any of them is padding."""
+    find_places: Callable[[], Int[Tensor, "batch tokens 4"] | None]
+
+    @property
+    def positions(self) -> Int[Tensor, "batch tokens"]:
+        """Sequence index of each token, if they are the first."""
+        return token_positions(self.valid)
+
+    def places(self) -> Int[Tensor, "batch tokens 4"] | None:
+        """Image, frame, row and column of the patches; None where they are not known."""
+        return self.find_places()
+
+
+@dataclass(frozen=True)
+class Caught:
+    """Arguments of a forward of the whole model that its decoder does not get."""
+
+    ids: Int[Tensor, "batch tokens"] | None = None
+    mask: Tensor | None = None
+    given: dict[str, Any] | None = None
 
 
 class TokenFacts:
-    """Padding and modality of the newest forward's tokens, caught at the door of the model."""
+    """Catches facts at the door of the model: only there the token ids, and always the padding mask, are visible."""
 
     def __init__(self, family: Family, config: Any) -> None:
         self.family, self.config = family, config
-        self.visual: Bool[Tensor, "batch tokens"] | None = None
-        self.caught: tuple[Tensor | None, dict[str, Any]] = None, {}
+        self.caught = Caught()
 
     def catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model: only there the token ids are visible."""
+        """Forward pre-hook of the whole model."""
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self.visual = None if ids is None else self.family.visual_mask(self.config, ids)
-        self.caught = ids, {name: kwargs[name] for name in GRIDS if name in kwargs}
+        given = {name: kwargs[name] for name in GRIDS if name in kwargs}
+        self.caught = Caught(ids, kwargs.get("attention_mask"), given)
 
-    def take(self, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "batch tokens"]:
-        """The visual mask of this forward; all False where only embeddings were given."""
-        visual, self.visual = self.visual, None
-        if visual is None or visual.shape != (batch, tokens):
-            return torch.zeros(batch, tokens, dtype=torch.bool, device=device)
-        return visual.to(device)
-
-    def places(self, batch: int, tokens: int, device: torch.device) -> Int[Tensor, "batch tokens 4"] | None:
-        """Image, frame, row and column of the patches of this forward; None where they are not known."""
-        ids, given = self.caught
+    def of(self, kwargs: dict[str, Any]) -> Facts:
+        """Facts of the tokens that the decoder gets with these arguments; what was caught serves once."""
+        inputs = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        caught, self.caught, (batch, tokens), device = self.caught, Caught(), inputs.shape[:2], inputs.device
+        mask, ids = kwargs.get("attention_mask"), caught.ids
+        if not isinstance(mask, Tensor) or mask.dim() != 2:  # built already, by a model that sees more than its decoder
+            mask = caught.mask if mask is not None else None
+        valid = valid_tokens(mask, batch, tokens, device)
         if ids is None or ids.shape != (batch, tokens):
-            return None
-        found = patch_places(self.family, self.config, ids, given)
-        return None if found is None else found.to(device)
+            ids = None
+        visual = torch.zeros_like(valid) if ids is None else self.family.visual_mask(self.config, ids).to(device)
+
+        def places() -> Int[Tensor, "batch tokens 4"] | None:
+            found = None if ids is None else patch_places(self.family, self.config, ids, caught.given or {})
+            return None if found is None else found.to(device)
+
+        return Facts(valid, visual, mask is not None and not bool(valid.all()), places)
 
 
 def valid_tokens(mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "batch tokens"]:
@@ -66,37 +92,3 @@ def valid_tokens(mask: Tensor | None, batch: int, tokens: int, device: torch.dev
 def token_positions(valid: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """Sequence index of each token, padding excluded (padding repeats its neighbour's)."""
     return (valid.long().cumsum(1) - 1).clamp(min=0)
-
-
-@contextmanager
-def attached(model: "PreTrainedModel", implementation: str) -> Iterator[None]:
-    """Run the decoder through a registered attention function, and restore it afterwards.
-
-    Raises:
-        ValueError: when the model is attached already.
-    """
-    if model in _attached:
-        raise ValueError("this model is attached already: leave the other attach_gates or evicting block first")
-    decoder = decoder_of(model)
-    before = decoder.config._attn_implementation
-    _attached.add(model)
-    try:
-        _set_attention(model, implementation)
-        yield
-    finally:
-        _set_attention(model, before)
-        _attached.discard(model)
-
-
-def _set_attention(model: "PreTrainedModel", name: str) -> None:
-    composite = model.config.get_text_config() is not model.config
-    model.set_attn_implementation({"text_config": name} if composite else name)
-
-
-def register_attention(name: str, function: Any) -> None:
-    """Make an attention function known to transformers, with the mask SDPA gets; idempotent, never at import."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)

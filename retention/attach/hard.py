@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from retention.attach.chunks import chunk_ends, run_chunks
 from retention.attach.decode import decode_attention, recalled_attention
 from retention.attach.deltas import own_rope_deltas
-from retention.attach.facts import TokenFacts, attached, register_attention, valid_tokens
+from retention.attach.facts import TokenFacts
+from retention.attach.hooks import attached
+from retention.attach.plain import logit_scaling, plain_attention
 from retention.attach.second_pass import ListeningLayer, second_passes
 from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
@@ -43,27 +46,26 @@ def evicting_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' interface: SDPA for prompts, the storage's own way for single tokens."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     layer, queries = retention_layer, query.shape[2]
     if layer is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    scale = logit_scaling(query, scaling, kwargs.get("softcap"))
     if isinstance(layer, ListeningLayer):
         return layer.attend(module, query, key, value, scale), None
-    observed = layer.owner.observing() and any(COLLECTORS[name] for name in layer.owner.collectors)
     layer.scaling = scale
-    if queries > 1 or observed:
-        key, value = layer.read()
-    if observed:
-        layer.observe(_observation(module, layer, query, key, value, scale))
-    if queries == 1:
-        return decode_attention(layer, query, scale).transpose(1, 2), None
-    if layer.recalled:
-        return recalled_attention(layer, query, scale).transpose(1, 2), None
-    if layer.store.counts is not None:
-        attention_mask = layer.attention_mask(queries, query.shape[1] // key.shape[1])
-    out = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    with layer.seeing(attention_mask if layer.owner.own_mask else None):
+        observed = layer.owner.observing() and any(COLLECTORS[name] for name in layer.owner.collectors)
+        if queries > 1 or observed:
+            key, value = layer.read()
+        if observed:
+            layer.observe(_observation(module, layer, query, key, value, scale))
+        if queries == 1:
+            return decode_attention(layer, query, scale).transpose(1, 2), None
+        if layer.recalled:
+            return recalled_attention(layer, query, scale).transpose(1, 2), None
+        if layer.store.counts is not None:
+            attention_mask = layer.attention_mask(queries, query.shape[1] // key.shape[1])
+    out = plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     layer.owner.after_attention(layer)
     return out
 
@@ -163,64 +165,53 @@ def evicting(
     if memory is not None:
         extra = (*extra, *memory.config.collectors)
     cache = new_cache(model, policy, config, extra_collectors=extra, packed=packed, memory=memory)
+    cache.own_mask = family_of(model).own_mask
     if gates is not None:
         cache.coordinate, cache.curve = gates.config.coordinate, gates.thresholds
-    register_attention(NAME, evicting_attention)
     with ExitStack() as stack:
-        stack.enter_context(attached(model, NAME))
-        for hook in _install(model, cache.shape.layers, gates):
-            stack.callback(hook.remove)
+        before = partial(_before_layer, gates, cache.shape.layers)
+        facts = stack.enter_context(attached(model, NAME, evicting_attention, cache.shape.layers, before))
         stack.enter_context(own_rope_deltas(model))
-        stack.enter_context(_decoder_forward(model))
+        stack.enter_context(_decoder_forward(model, facts))
         stack.enter_context(second_passes(model, cache, tokenizer))
         yield cache
 
 
-def _install(model: "PreTrainedModel", layers: tuple[int, ...], gates: RetentionGates | None) -> list[Any]:
-    """Hooks on attention that stage the gate's output and hand the layer to the attention function."""
-
-    @torch.no_grad()
-    def before_attention(
-        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, EvictingCache):
-            return None
-        layer: Any = cache.layers[module.layer_idx]
-        if gates is not None and "gate" in cache.collectors:
-            tokens, count = cache.tokens, kwargs["hidden_states"].shape[1]
-            beside = tokens.visual[:, -count:], tokens.valid[:, -count:], layer.heard
-            reading = gates.read(layers.index(module.layer_idx), kwargs["hidden_states"], *beside)
-            layer.staged, layer.heard = reading.stored(), reading.heard
-        return args, {**kwargs, "retention_layer": layer}
-
-    decoder = decoder_of(model)
-    modules = [decoder.layers[i].self_attn for i in layers]
-    return [m.register_forward_pre_hook(before_attention, with_kwargs=True) for m in modules]
+@torch.no_grad()
+def _before_layer(
+    gates: RetentionGates | None, layers: tuple[int, ...], number: int, kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Stage the gate's output and hand the layer to the attention function."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, EvictingCache):
+        return None
+    layer: Any = cache.layers[number]
+    if gates is not None and "gate" in cache.collectors:
+        tokens, count = cache.tokens, kwargs["hidden_states"].shape[1]
+        beside = tokens.visual[:, -count:], tokens.valid[:, -count:], layer.heard
+        reading = gates.read(layers.index(number), kwargs["hidden_states"], *beside)
+        layer.staged, layer.heard = reading.stored(), reading.heard
+    return {"retention_layer": layer}
 
 
 @contextmanager
-def _decoder_forward(model: "PreTrainedModel") -> Iterator[None]:
+def _decoder_forward(model: "PreTrainedModel", facts: TokenFacts) -> Iterator[None]:
     """Tell the cache before and after each forward of the decoder, running long prompts chunk by chunk."""
-    decoder, facts = decoder_of(model), TokenFacts(family_of(model), model.config)
-    hook = model.register_forward_pre_hook(facts.catch, with_kwargs=True)
+    decoder = decoder_of(model)
     original = decoder.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, EvictingCache):
             return original(*args, **kwargs)
-        inputs = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        batch, tokens = inputs.shape[:2]
-        mask = kwargs.get("attention_mask")
-        valid = valid_tokens(mask, batch, tokens, inputs.device)
-        visual = facts.take(batch, tokens, inputs.device)
+        found = facts.of(kwargs)
+        batch, tokens = found.valid.shape
         cache.tokens.check_rows(batch)
         if cache.memory is not None and cache.memory.config.placed:
-            cache.tokens.announce(facts.places(batch, tokens, inputs.device))
-        cache.expected = cache.seen() + valid.sum(1) if cache.columns else valid.sum(1)
-        ends = chunk_ends(cache.config, visual, tokens)
-        return run_chunks(original, args, kwargs, cache, ends, valid, visual)
+            cache.tokens.announce(found.places())
+        cache.expected = cache.seen() + found.valid.sum(1) if cache.columns else found.valid.sum(1)
+        ends = chunk_ends(cache.config, found.visual, tokens, whole_images=cache.own_mask)
+        return run_chunks(original, args, kwargs, cache, ends, found)
 
     own = vars(decoder).get("forward")
     decoder.forward = forward
@@ -231,4 +222,3 @@ def _decoder_forward(model: "PreTrainedModel") -> Iterator[None]:
             del decoder.forward
         else:
             decoder.forward = own
-        hook.remove()

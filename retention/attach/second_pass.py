@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from retention.attach.hooks import layer_hooks
+from retention.attach.plain import plain_attention
 from retention.attach.repetition import Feed, foreseen, repeated
 from retention.cache.evicting import EvictingCache
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.models.family import decoder_of
 from retention.ops.heeded import heeded
+from retention.ops.logits import softcap_of
 from retention.ops.observe import BLOCK
 from retention.ops.received import output_norms
 from retention.policies.collect import Foresight, Repetition
@@ -53,8 +56,6 @@ class ListeningLayer(CacheLayerMixin):
         scaling: float,
     ) -> Float[Tensor, "batch fed heads value_dim"]:
         """Attention over all entries and the feed so far, in blocks of queries."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         self._listen(module, query, key, value, scaling)
         held = self.source.read()
         keys, values = (torch.cat([old, new], 2) for old, new in zip(held, (key, value), strict=True))
@@ -65,10 +66,10 @@ class ListeningLayer(CacheLayerMixin):
             if together
             else self.state.valid.repeat_interleave(query.shape[1] // key.shape[1], 1)
         )
-        outputs = []
+        outputs, cap = [], {"softcap": softcap_of(scaling)}
         for own in torch.arange(query.shape[2], device=query.device).split(BLOCK):
             seen = self._visible(valid, own)
-            outputs.append(sdpa_attention_forward(module, query[:, :, own], keys, values, seen, 0.0, scaling)[0])
+            outputs.append(plain_attention(module, query[:, :, own], keys, values, seen, 0.0, scaling, **cap)[0])
         return torch.cat(outputs, 1)
 
     def _visible(
@@ -164,7 +165,13 @@ class SecondPass:
         )
         listening = [ListeningLayer(layer, plan) for layer in cache.evicting_layers]
         asked = torch.zeros(len(cache.tokens.valid), device=cache.tokens.valid.device)
-        with _hooked(decoder, dict(zip(cache.shape.layers, listening, strict=True))), _as_it_was(decoder):
+        at = dict(zip(cache.shape.layers, listening, strict=True))
+
+        def before_layer(number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+            at[number].hidden = kwargs["hidden_states"]
+            return {"retention_layer": at[number]}
+
+        with layer_hooks(decoder, cache.shape.layers, before_layer), _as_it_was(decoder):
             for feed in feeds:
                 asked = asked + feed.asking.sum(1)
                 _run(decoder, cache, listening, feed)
@@ -205,24 +212,6 @@ def _run(decoder: Any, cache: EvictingCache, listening: list[ListeningLayer], fe
         use_cache=True,
         **feed.beside,
     )
-
-
-@contextmanager
-def _hooked(decoder: Any, listening: dict[int, ListeningLayer]) -> Iterator[None]:
-    """Attention of the managed layers, by their number in the decoder, goes to the listening ones."""
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        layer = listening[module.layer_idx]
-        layer.hidden = kwargs["hidden_states"]
-        return args, {**kwargs, "retention_layer": layer}
-
-    modules = [decoder.layers[number].self_attn for number in listening]
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

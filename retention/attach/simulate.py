@@ -1,7 +1,7 @@
 """One forward that behaves as if a context had been evicted before its questions came, differentiable in the memory."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retention.attach.capture import Capture, LayerCapture
-from retention.attach.facts import attached, register_attention
+from retention.attach.hooks import attached
+from retention.attach.plain import logit_scaling, plain_attention
 from retention.cache.config import CacheConfig
 from retention.cache.decide import decide
 from retention.cache.recall import attention_with_lse, doubt_of, watched
 from retention.memory import Evicted, MemoryLayer, RetentionMemory
-from retention.models.family import decoder_of, model_shape
+from retention.models.family import model_shape
 from retention.ops.entropy import observer_rows, observers_of, observing_queries
 from retention.policies import Policy
 from retention.policies.collect import WINDOW
@@ -151,13 +152,11 @@ def simulating_attention(
     retention_simulate: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface: SDPA, but queries behind the eviction see what is left."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    """Attention function for transformers' interface: the model's own, but queries behind the eviction see what is left."""
+    out, _ = plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if retention_simulate is None:
         return out, None
-    later = retention_simulate(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    later = retention_simulate(query, key, value, logit_scaling(query, scaling, kwargs.get("softcap")))
     return torch.cat([out[:, : out.shape[1] - later.shape[2]], later.transpose(1, 2)], 1), None
 
 
@@ -168,22 +167,13 @@ def simulate_eviction(
     """Inside, forwards of the same inputs run as if evicted; on exit the model is exactly as before."""
     numbers: dict[int, int] = {layer: i for i, layer in enumerate(model_shape(model).layers)}
 
-    def before_attention(
-        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        number = numbers[module.layer_idx]
-        layer = None if memory is None else memory.layer(number)
+    def before_layer(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        own = None if memory is None else memory.layer(numbers[layer])
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            return after_eviction(layer, eviction, number, query, key, value, scaling)[0]
+            return after_eviction(own, eviction, numbers[layer], query, key, value, scaling)[0]
 
-        return args, {**kwargs, "retention_simulate": attend}
+        return {"retention_simulate": attend}
 
-    register_attention(NAME, simulating_attention)
-    decoder = decoder_of(model)
-    with ExitStack() as stack:
-        stack.enter_context(attached(model, NAME))
-        for layer in numbers:
-            hook = decoder.layers[layer].self_attn.register_forward_pre_hook(before_attention, with_kwargs=True)
-            stack.callback(hook.remove)
+    with attached(model, NAME, simulating_attention, tuple(numbers), before_layer):
         yield

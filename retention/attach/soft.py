@@ -1,17 +1,18 @@
 """Training glue: gates act on a frozen model's attention, by decay or another way, and alone receive gradients."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retention.attach.facts import TokenFacts, attached, register_attention, token_positions, valid_tokens
+from retention.attach.facts import Facts
+from retention.attach.hooks import attached
+from retention.attach.plain import logit_scaling, plain_attention
 from retention.gates import RetentionGates
 from retention.models import family_of
-from retention.models.family import decoder_of
 from retention.objectives.base import Attended, GatedCall, decayed
 from retention.ops.decay import log_beta_from_score
 
@@ -32,13 +33,16 @@ class GateRecord:
     valid: Bool[Tensor, "batch tokens"] | None = None
     visual: Bool[Tensor, "batch tokens"] | None = None
     padded: bool = False
+    own_mask: bool = False
+    """Whether attention is more than causal, so that the mask the model made has to be read."""
     noted: dict[int, Tensor] = field(default_factory=dict)
     """What `attend` noted, by layer."""
 
-    def clear(self) -> None:
-        """Forget the forward before."""
+    def begin(self, facts: Facts) -> None:
+        """Forget the forward before; these are the next one's tokens."""
         for kept in (self.score, self.log_beta, self.noted):
             kept.clear()
+        self.valid, self.padded, self.positions, self.visual = facts.valid, facts.padded, facts.positions, facts.visual
 
     def stacked(self, what: str = "log_beta") -> list[Tensor]:
         """`log_beta`, `score` or `noted` of all layers, in order."""
@@ -57,12 +61,13 @@ def gated_attention(
     retention_gate: tuple[int, Tensor, GateRecord] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface; layers without a gate run plain SDPA."""
-    out = None if retention_gate is None else _attended(module, query, key, value, scaling, *retention_gate)
+    """Attention function for transformers' interface; layers without a gate run as the model does."""
+    out = None
+    if retention_gate is not None:
+        scale = logit_scaling(query, scaling, kwargs.get("softcap"))
+        out = _attended(module, query, key, value, attention_mask, scale, *retention_gate)
     if out is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -71,7 +76,8 @@ def _attended(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scaling: float | None,
+    mask: Tensor | None,
+    scaling: float,
     number: int,
     hidden: Tensor,
     record: GateRecord,
@@ -82,6 +88,7 @@ def _attended(
     assert record.positions is not None
     assert record.valid is not None
     call = GatedCall(
+        number,
         query,
         key,
         value,
@@ -89,10 +96,11 @@ def _attended(
         getattr(getattr(module, "o_proj", None), "weight", None),
         record.score[number],
         record.log_beta[number],
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling,
         record.positions,
         record.valid,
         record.padded,
+        mask if record.own_mask else None,
     )
     out, noted = record.attend(call)
     if noted is not None:
@@ -117,36 +125,14 @@ def attach_gates(
         ValueError: when the gates do not fit the model, or it is attached already.
     """
     gates.check(model)
-    decoder, record = decoder_of(model), GateRecord(attend)
-    facts = TokenFacts(family_of(model), model.config)
+    record = GateRecord(attend)
 
-    def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        batch, tokens = inputs.shape[:2]
-        mask = kwargs.get("attention_mask")
-        record.clear()
-        record.valid = valid_tokens(mask, batch, tokens, inputs.device)
-        record.padded = mask is not None and not bool(record.valid.all())
-        record.positions = token_positions(record.valid)
-        record.visual = facts.take(batch, tokens, inputs.device)
-
-    def before_attention(
-        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        number = gates.shape.layers.index(module.layer_idx)
-        beside = {"visual": record.visual, "valid": record.valid, "budget": budget}
-        score = gates.score(number, kwargs["hidden_states"], **beside)
+    def before_layer(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        number, hidden = gates.shape.layers.index(layer), kwargs["hidden_states"]
+        score = gates.score(number, hidden, visual=record.visual, valid=record.valid, budget=budget)
         record.score[number], record.log_beta[number] = score, log_beta_from_score(score)
-        return args, {**kwargs, "retention_gate": (number, kwargs["hidden_states"], record)}
+        return {"retention_gate": (number, hidden, record)}
 
-    register_attention(NAME, gated_attention)
-    with ExitStack() as stack:
-        stack.enter_context(attached(model, NAME))
-        hooks = [model.register_forward_pre_hook(facts.catch, with_kwargs=True)]
-        hooks.append(decoder.register_forward_pre_hook(before_decoder, with_kwargs=True))
-        for layer in gates.shape.layers:
-            attention = decoder.layers[layer].self_attn
-            hooks.append(attention.register_forward_pre_hook(before_attention, with_kwargs=True))
-        for hook in hooks:
-            stack.callback(hook.remove)
+    record.own_mask = family_of(model).own_mask
+    with attached(model, NAME, gated_attention, gates.shape.layers, before_layer, before_forward=record.begin):
         yield record

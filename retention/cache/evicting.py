@@ -65,6 +65,8 @@ class EvictingCache(Cache):
         self.tokens = Tokens()
         self.new_tokens = 0
         self.tail_padded = False
+        self.own_mask = False
+        """Whether prompts see more than the past, so that the model's mask has to be read."""
         self.in_prompt, self.starts, self.ends = False, True, True
         self.early: tuple[Tensor, Tensor] | None = None
         """Budgets and entries of the eviction under way, where layers are evicted one by one."""

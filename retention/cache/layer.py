@@ -1,5 +1,7 @@
 """One layer of an evicting cache, behind transformers' cache-layer interface."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,8 @@ class EvictingLayer(CacheLayerMixin):
         self.heard: Tensor | None = None
         """Sum of the attention inputs of all text so far, where the gates listen to it."""
         self.observed: dict[str, Tensor] = {}
+        self.seen_by: Bool[Tensor, "batch 1 queries keys"] | None = None
+        """The model's own mask of the call under way, where it is more than causal."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: storage takes the first tensors as they are."""
@@ -92,12 +96,23 @@ class EvictingLayer(CacheLayerMixin):
         valid = self.owner.tokens.valid[:, self.owner.columns - tail : self.owner.columns]
         rows = torch.arange(tail - queries, tail, device=valid.device)[:, None]
         steps = torch.arange(tail, device=valid.device)
-        causal = ((steps <= rows) & valid[:, None]) | (steps == rows)
-        causal = causal[:, None].expand(-1, self.owner.shape.num_kv_heads, -1, -1)
+        causal = (((steps <= rows) & valid[:, None]) | (steps == rows))[:, None]
+        if self.seen_by is not None:
+            causal = self.seen_by[:, :, -queries:, -tail:]
+        causal = causal.expand(-1, self.owner.shape.num_kv_heads, -1, -1)
         if not store.longest:
             return causal
         kept = store.kept_valid()[:, :, None].expand(-1, -1, queries, -1)
         return torch.cat([kept, causal], -1)
+
+    @contextmanager
+    def seeing(self, mask: Bool[Tensor, "batch 1 queries keys"] | None) -> Iterator[None]:
+        """Inside, tokens of the tail see each other as this mask says instead of causally."""
+        self.seen_by = mask
+        try:
+            yield
+        finally:
+            self.seen_by = None
 
     def attention_mask(self, queries: int, groups: int) -> Bool[Tensor, "batch heads queries keys"]:
         """`visible` for every query head."""

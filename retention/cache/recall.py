@@ -9,6 +9,7 @@ from torch import Tensor
 
 from retention.memory import Evicted, MemoryLayer, State, wide
 from retention.ops.entropy import observed_by, observers_of
+from retention.ops.logits import capped
 from retention.ops.observe import attention_rows
 from retention.types import KVState
 
@@ -80,7 +81,7 @@ def attention_with_lse(
     """Attention and its log-sum-exp, fp32, for the few queries of a later turn."""
     groups = query.shape[1] // keys.shape[1]
     keys, values, visible = (x.repeat_interleave(groups, 1) for x in (keys, values, visible))
-    logits = (scaling * wide(query) @ wide(keys).transpose(-1, -2)).masked_fill(~visible, float("-inf"))
+    logits = capped(scaling * wide(query) @ wide(keys).transpose(-1, -2), scaling).masked_fill(~visible, float("-inf"))
     lse = logits.logsumexp(-1)
     weights = (logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
     return (weights @ wide(values)).to(query.dtype), lse

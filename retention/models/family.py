@@ -39,6 +39,9 @@ class Family:
     """How visual tokens lie in their image: "square" (as many as the config says, row by row), "thw" (the inputs tell
     frames, rows and columns) or "unknown"."""
 
+    own_mask: bool = False
+    """Whether attention is more than causal (tokens of an image see all of it), so that the model's mask is read."""
+
     def visual_ids(self, config: Any) -> list[int]:
         """Ids of the visual placeholder tokens."""
         return [getattr(config, name) for name in self.visual_token_attributes]

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retention.ops.attention import augmented_gated_attention
+from retention.ops.attention import augmented_gated_attention, blocked_gated_attention
+from retention.ops.logits import softcap_of
 from retention.types import LossTerms
 
 
@@ -24,12 +25,21 @@ class Step:
     """Share of the run that lies behind."""
     budget: Float[Tensor, " batch"] | None = None
     """Entries per head that this step trains for, where the objective draws them."""
+    drawn: dict[int, Float[Tensor, "..."]] = field(default_factory=dict)
+
+    def uniform(self, layer: int, shape: torch.Size) -> Float[Tensor, "..."]:
+        """Random numbers in [0, 1) of a layer, the same ones when its forward is computed again."""
+        if layer not in self.drawn:
+            self.drawn[layer] = torch.rand(shape, generator=self.generator)
+        return self.drawn[layer]
 
 
 @dataclass
 class GatedCall:
     """One layer's attention in a training forward, and what its gate says of the tokens."""
 
+    layer: int
+    """Its number among the gated ones."""
     queries: Float[Tensor, "batch heads tokens head_dim"]
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
@@ -44,6 +54,8 @@ class GatedCall:
     positions: Int[Tensor, "batch tokens"]
     valid: Bool[Tensor, "batch tokens"]
     padded: bool
+    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None
+    """What each token may see, where that is more than its past."""
 
     @property
     def mask(self) -> Bool[Tensor, "batch tokens"] | None:
@@ -62,15 +74,11 @@ def decayed(call: GatedCall) -> Attended:
 
 def decaying(call: GatedCall, log_beta: Float[Tensor, "batch kv_heads tokens"]) -> Tensor:
     """The layer's attention with these decays; 0 is the frozen model's own."""
-    return augmented_gated_attention(
-        call.queries,
-        call.keys,
-        call.values,
-        log_beta,
-        scaling=call.scaling,
-        positions=call.positions,
-        valid=call.mask,
-    )
+    given = call.queries, call.keys, call.values, log_beta
+    where: dict[str, Any] = {"scaling": call.scaling, "positions": call.positions, "valid": call.mask}
+    if call.allowed is None and softcap_of(call.scaling) is None:
+        return augmented_gated_attention(*given, **where)
+    return blocked_gated_attention(*given, **where, allowed=call.allowed)
 
 
 @dataclass

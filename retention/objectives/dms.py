@@ -53,7 +53,7 @@ class DMS(Objective):
 
     def attend(self, call: GatedCall, step: Step) -> Attended:
         """Delayed attention under this step's noise; the relaxed log weights are noted."""
-        uniform = torch.rand(call.score.shape, generator=step.generator).to(call.score.device)
+        uniform = step.uniform(call.layer, call.score.shape).to(call.score.device)
         noise = torch.logit(uniform.clamp(1e-6, 1 - 1e-6))
         log_keep = F.logsigmoid((call.score + noise) / self.temperature)
         out = delayed_attention(
@@ -65,6 +65,7 @@ class DMS(Objective):
             scaling=call.scaling,
             positions=call.positions,
             valid=call.mask,
+            allowed=call.allowed,
         )
         return out, log_keep
 

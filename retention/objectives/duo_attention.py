@@ -55,6 +55,7 @@ class DuoAttention(Objective):
             scaling=call.scaling,
             positions=call.positions,
             valid=call.mask,
+            allowed=call.allowed,
         )
         full = decaying(call, torch.zeros_like(call.log_beta))
         share = call.score.sigmoid().repeat_interleave(call.queries.shape[1] // call.keys.shape[1], 1)[..., None]

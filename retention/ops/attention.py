@@ -1,8 +1,12 @@
 """Gated attention, a naive truth and a fast twin each: by decay (`scale q.k + age * log_beta`), and delayed.
 
-Training self-attention only (queries are the keys), causal, one document per row, left or right padding.
+Training self-attention only (queries are the keys), causal unless told otherwise, one document per row, left or right
+padding.
 Sources: arXiv 2512.03324, eq. 3 (additive form); arXiv 2506.05345 (delayed).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import repeat
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from retention.ops.decay import age
+from retention.ops.logits import capped
 
 BLOCK = 256
 PAD_LOGIT = -1e4
@@ -19,25 +24,70 @@ PAD_LOGIT = -1e4
 
 
 def naive_gated_attention(
-    q: Float[Tensor, "batch heads tokens head_dim"],
+    q: Float[Tensor, "batch heads queries head_dim"],
     k: Float[Tensor, "batch kv_heads tokens head_dim"],
-    v: Float[Tensor, "batch kv_heads tokens head_dim"],
+    v: Float[Tensor, "batch kv_heads tokens value_dim"],
     log_beta: Float[Tensor, "batch kv_heads tokens"],
     *,
     scaling: float,
     positions: Int[Tensor, "batch tokens"],
     valid: Bool[Tensor, "batch tokens"] | None = None,
-) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """Gated attention with the whole bias written out; rows of padded queries are undefined."""
-    groups = q.shape[1] // k.shape[1]
-    k, v, log_beta = (x.repeat_interleave(groups, 1) for x in (k, v, log_beta))
-    ages = age(positions, positions)[:, None]
-    logits = scaling * q.float() @ k.float().transpose(-1, -2) + ages * log_beta.float()[:, :, None]
-    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    allowed = causal if valid is None else causal & valid[:, None, None]
-    allowed = allowed | torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
-    weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
-    return (weights @ v.float()).to(q.dtype)
+    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None,
+    first: int = 0,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Gated attention with the whole bias written out; rows of padded queries are undefined.
+
+    `allowed`: what each token sees, instead of its past; keys ahead do not decay. `first`: the token that the first
+    query is. A cap that belongs to the scaling is applied before the bias.
+    """
+    groups, rows = q.shape[1] // k.shape[1], slice(first, first + q.shape[2])
+    k, v, log_beta = (x.repeat_interleave(groups, 1).float() for x in (k, v, log_beta))
+    ages = age(positions[:, rows], positions).clamp(min=0)[:, None]
+    logits = capped(scaling * q.float() @ k.transpose(-1, -2), scaling) + ages * log_beta[:, :, None]
+    weights = logits.masked_fill(~_seen(k.shape[2], rows, valid, allowed, q.device), float("-inf")).softmax(-1)
+    return (weights @ v).to(q.dtype)
+
+
+def _seen(
+    tokens: int,
+    rows: slice,
+    valid: Bool[Tensor, "batch tokens"] | None,
+    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None,
+    device: torch.device,
+) -> Bool[Tensor, "..."]:
+    """Which keys some queries see: their past, padding excluded, or what is allowed; always themselves."""
+    columns = torch.arange(tokens, device=device)
+    own = columns == columns[rows, None]
+    if allowed is not None:
+        return allowed[:, :, rows] | own
+    causal = columns <= columns[rows, None]
+    return (causal if valid is None else causal & valid[:, None, None]) | own
+
+
+def blocked_gated_attention(
+    q: Float[Tensor, "batch heads tokens head_dim"],
+    k: Float[Tensor, "batch kv_heads tokens head_dim"],
+    v: Float[Tensor, "batch kv_heads tokens value_dim"],
+    log_beta: Float[Tensor, "batch kv_heads tokens"],
+    *,
+    scaling: float,
+    positions: Int[Tensor, "batch tokens"],
+    valid: Bool[Tensor, "batch tokens"] | None = None,
+    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None,
+) -> Float[Tensor, "batch heads tokens value_dim"]:
+    """The same in blocks of queries, computed again in the backward: for masks that are not causal and capped logits."""
+
+    def block(rows: Tensor, first: int) -> Tensor:
+        more: dict[str, Any] = {"positions": positions, "valid": valid, "allowed": allowed, "first": first}
+        return naive_gated_attention(rows, k, v, log_beta, scaling=scaling, **more)
+
+    return _in_blocks(block, q)
+
+
+def _in_blocks(block: Callable[[Tensor, int], Tensor], q: Tensor) -> Tensor:
+    """A function of some queries and the first one's number, over all of them; nothing of a block is kept."""
+    starts = range(0, q.shape[2], BLOCK)
+    return torch.cat([checkpoint(block, q[:, :, at : at + BLOCK], at, use_reentrant=False) for at in starts], 2)
 
 
 def augmented_gated_attention(
@@ -84,21 +134,19 @@ def naive_delayed_attention(
     scaling: float,
     positions: Int[Tensor, "batch tokens"],
     valid: Bool[Tensor, "batch tokens"] | None = None,
+    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None,
     first: int = 0,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Attention with `log_keep` of a key added to its logits for queries more than `window` tokens behind it.
 
-    `first`: the token that the first query is. Rows of padded queries are undefined.
+    `allowed` and `first` as for gated attention. Rows of padded queries are undefined.
     """
-    groups, last = q.shape[1] // k.shape[1], first + q.shape[2]
-    ages = age(positions[:, first:last], positions)[:, None]
+    groups, rows = q.shape[1] // k.shape[1], slice(first, first + q.shape[2])
+    ages = age(positions[:, rows], positions)[:, None]
     k, v, log_keep = (x.repeat_interleave(groups, 1).float() for x in (k, v, log_keep))
     bias = torch.where(ages > window, log_keep[:, :, None], 0.0)
-    rows = torch.arange(first, last, device=q.device)[:, None]
-    columns = torch.arange(k.shape[2], device=q.device)
-    allowed = columns <= rows if valid is None else (columns <= rows) & valid[:, None, None]
-    allowed = allowed | (columns == rows)
-    weights = (scaling * q.float() @ k.transpose(-1, -2) + bias).masked_fill(~allowed, float("-inf")).softmax(-1)
+    logits = capped(scaling * q.float() @ k.transpose(-1, -2), scaling) + bias
+    weights = logits.masked_fill(~_seen(k.shape[2], rows, valid, allowed, q.device), float("-inf")).softmax(-1)
     return (weights @ v).to(q.dtype)
 
 
@@ -112,14 +160,12 @@ def delayed_attention(
     scaling: float,
     positions: Int[Tensor, "batch tokens"],
     valid: Bool[Tensor, "batch tokens"] | None = None,
+    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None,
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
     """The same in blocks of queries, computed again in the backward: no tokens x tokens map is kept."""
 
     def block(rows: Tensor, first: int) -> Tensor:
-        return naive_delayed_attention(
-            rows, k, v, log_keep, window=window, scaling=scaling, positions=positions, valid=valid, first=first
-        )
+        more: dict[str, Any] = {"positions": positions, "valid": valid, "allowed": allowed, "first": first}
+        return naive_delayed_attention(rows, k, v, log_keep, window=window, scaling=scaling, **more)
 
-    starts = range(0, q.shape[2], BLOCK)
-    parts = [checkpoint(block, q[:, :, start : start + BLOCK], start, use_reentrant=False) for start in starts]
-    return torch.cat(parts, 2)
+    return _in_blocks(block, q)

@@ -5,6 +5,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from retention.ops.logits import capped
 from retention.ops.observe import BLOCK, attention_rows
 
 
@@ -69,7 +70,8 @@ def _largest(
     streams: Float[Tensor, "batch queries"] | None,
 ) -> Float[Tensor, "batch kv_heads keys"]:
     grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float() * scaling
-    logits = (grouped @ keys.float().transpose(-1, -2)[:, :, None]).masked_fill_(~visible[:, :, None], float("-inf"))
+    logits = capped(grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling)
+    logits = logits.masked_fill_(~visible[:, :, None], float("-inf"))
     less = logits.logsumexp(-1, keepdim=True)
     if streams is not None:
         less = less + streams[:, None, None, :, None].clamp(min=1e-20).log()

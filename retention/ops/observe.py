@@ -5,6 +5,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retention.ops.logits import capped
+
 BLOCK = 256
 
 
@@ -16,7 +18,7 @@ def attention_rows(
 ) -> Float[Tensor, "batch kv_heads groups queries keys"]:
     """Softmax rows in fp32 over all visible keys, per query head; rows that see nothing are 0."""
     grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float()
-    logits = scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None]
+    logits = capped(scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling)
     return logits.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
 
 
@@ -150,7 +152,7 @@ def peak_rows(
 ) -> Float[Tensor, "batch kv_heads rows keys"]:
     """Rows of the last `window` queries: the softmax of the largest logit in each head's query group."""
     grouped = rearrange(queries[:, :, -window:], "b (h g) q d -> b h g q d", h=keys.shape[1]).float()
-    logits = (scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None]).amax(2)
+    logits = capped(scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling).amax(2)
     return logits.masked_fill(~visible[:, :, -window:], float("-inf")).softmax(-1).nan_to_num(0.0)
 
 

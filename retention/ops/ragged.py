@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retention.ops.logits import capped
+
 PAGE = 32
 """Entries per page: the least at which the batched products run at memory speed on a CPU."""
 
@@ -37,11 +39,11 @@ def ragged_attention(
     batch, kv_heads = keys.shape[:2]
     segments, groups = batch * kv_heads, query.shape[1] // kv_heads
     grouped = query.reshape(segments, groups, -1).float() * scaling
-    dense = torch.bmm(grouped, keys.flatten(0, 1).float().transpose(1, 2))
+    dense = capped(torch.bmm(grouped, keys.flatten(0, 1).float().transpose(1, 2)), scaling)
     if visible is not None:
         hidden = ~visible.expand(batch, kv_heads, -1).reshape(segments, 1, -1)
         dense = dense.masked_fill(hidden, float("-inf"))
-    paged = torch.bmm(grouped.index_select(0, owner), page_keys.float().transpose(1, 2))
+    paged = capped(torch.bmm(grouped.index_select(0, owner), page_keys.float().transpose(1, 2)), scaling)
     largest = dense.amax(-1) if dense.shape[-1] else dense.new_full((segments, groups), float("-inf"))
     largest = largest.scatter_reduce(0, owner[:, None].expand(-1, groups), paged.amax(-1), "amax")
     shift = largest.masked_fill(largest == float("-inf"), 0.0)

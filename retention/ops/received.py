@@ -5,6 +5,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retention.ops.logits import capped
 from retention.ops.observe import BLOCK
 
 
@@ -29,7 +30,7 @@ def naive_largest_received(
     if columns is None:
         columns = torch.arange(queries.shape[2], device=queries.device).expand(asking.shape)
     grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float()
-    values = scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None]
+    values = capped(scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling)
     ahead = columns[:, :, None] - torch.arange(keys.shape[2], device=keys.device)
     if normalise:
         visible = ((ahead >= 0) & valid[:, None]) | (ahead == 0)

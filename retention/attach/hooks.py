@@ -1,0 +1,92 @@
+"""Hangs an attention function and hooks onto an unforked model, and takes everything off again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from retention.attach.facts import Facts, TokenFacts
+from retention.models import family_of
+from retention.models.family import decoder_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_attached: "WeakKeyDictionary[nn.Module, TokenFacts]" = WeakKeyDictionary()
+
+BeforeLayer = Callable[[int, dict[str, Any]], dict[str, Any] | None]
+"""Of an attention module: the layer's number in the decoder and its arguments; gives more arguments, which reach the
+attention function."""
+
+
+@contextmanager
+def attached(
+    model: "PreTrainedModel",
+    name: str,
+    function: Callable[..., Any],
+    layers: tuple[int, ...],
+    before_layer: BeforeLayer,
+    *,
+    before_forward: Callable[[Facts], None] | None = None,
+) -> Iterator[TokenFacts]:
+    """Run the decoder's attention through `function`, known to transformers as `name`; on exit all is as before.
+
+    `before_forward` sees the facts of each forward of the decoder; without it the caller takes them itself.
+
+    Raises:
+        ValueError: when the model is attached already.
+    """
+    if model in _attached:
+        raise ValueError("this model is attached already: leave the other attach_gates or evicting block first")
+    facts, decoder = TokenFacts(family_of(model), model.config), decoder_of(model)
+    _register(name, function)
+
+    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert before_forward is not None
+        before_forward(facts.of(kwargs))
+
+    with ExitStack() as stack:
+        stack.callback(_attached.pop, model)
+        _attached[model] = facts
+        stack.callback(_set_attention, model, decoder.config._attn_implementation)
+        _set_attention(model, name)
+        stack.callback(model.register_forward_pre_hook(facts.catch, with_kwargs=True).remove)
+        if before_forward is not None:
+            stack.callback(decoder.register_forward_pre_hook(entering, with_kwargs=True).remove)
+        stack.enter_context(layer_hooks(decoder, layers, before_layer))
+        yield facts
+
+
+@contextmanager
+def layer_hooks(decoder: Any, layers: tuple[int, ...], before_layer: BeforeLayer) -> Iterator[None]:
+    """Inside, these layers' attention modules get what `before_layer` gives as further arguments."""
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, **(before_layer(module.layer_idx, kwargs) or {})}
+
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = decoder.layers[layer].self_attn.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def told(model: nn.Module) -> TokenFacts | None:
+    """What catches the facts of a model's forwards, while something is attached to it."""
+    return _attached.get(model)
+
+
+def _set_attention(model: "PreTrainedModel", name: str) -> None:
+    composite = model.config.get_text_config() is not model.config
+    model.set_attn_implementation({"text_config": name} if composite else name)
+
+
+def _register(name: str, function: Callable[..., Any]) -> None:
+    """Make an attention function known to transformers, with the mask SDPA gets; idempotent, never at import."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
