@@ -106,6 +106,23 @@ def tiny_gemma3(seed: int = 0, **changes: Any) -> Any:
     return _build(Gemma3ForCausalLM, Gemma3TextConfig(**TEXT | own | changes), seed)
 
 
+def tiny_gemma2(seed: int = 0, **changes: Any) -> Any:
+    """4 layers, every other one a sliding window of 16 tokens; logits of attention and of the head are capped."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+    own = {"num_hidden_layers": 4, "sliding_window": 16, "query_pre_attn_scalar": 16}
+    return _build(Gemma2ForCausalLM, Gemma2Config(**TEXT | own | caps | changes), seed)
+
+
+def tiny_qwen3_moe(seed: int = 0, **changes: Any) -> Any:
+    """4 experts, two of them for each token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    own = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig(**TEXT | own | changes), seed)
+
+
 def tiny_qwen3_next(seed: int = 0, **changes: Any) -> Any:
     """4 layers: linear, full, linear, full attention; a quarter of each head rotates; 4 experts."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM

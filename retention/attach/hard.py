@@ -206,6 +206,8 @@ def _decoder_forward(model: "PreTrainedModel", facts: TokenFacts) -> Iterator[No
             return original(*args, **kwargs)
         found = facts.of(kwargs)
         batch, tokens = found.valid.shape
+        if kwargs.get("position_ids") is not None:  # Qwen-VL hands over those of the whole mask when it decodes
+            kwargs["position_ids"] = kwargs["position_ids"][..., -tokens:]
         cache.tokens.check_rows(batch)
         if cache.memory is not None and cache.memory.config.placed:
             cache.tokens.announce(found.places())

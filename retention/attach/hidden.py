@@ -1,26 +1,59 @@
-"""Final hidden states of a forward, for losses that go through the frozen head in chunks."""
+"""What a model's head would read: the way into the decoder is gone once, and teacher and student start from there."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from retention.attach.facts import Caught, TokenFacts
+from retention.attach.hooks import told
+from retention.models import family_of
 from retention.models.family import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def final_hidden(model: "PreTrainedModel", inputs: dict[str, Tensor]) -> Float[Tensor, "batch tokens hidden"]:
-    """Run the whole model without a cache and return what its head would read, after the final norm."""
-    caught: list[Tensor] = []
+@dataclass
+class Entrance:
+    """A batch where its decoder begins: images are encoded, positions are known."""
 
-    def catch(module: nn.Module, args: Any, output: Any) -> None:
-        caught.append(output.last_hidden_state)
+    arguments: dict[str, Any]
+    caught: Caught
+    """What the attachments read off the arguments of the whole model."""
 
-    hook = decoder_of(model).register_forward_hook(catch)
+
+class _ReachedError(Exception):
+    """The decoder was reached; nothing behind it has to run."""
+
+
+@torch.no_grad()
+def entrance(model: "PreTrainedModel", inputs: dict[str, Tensor]) -> Entrance:
+    """Run a model without a cache up to its decoder: the frozen vision tower once, without a graph."""
+    facts, found = TokenFacts(family_of(model), model.config), {}
+
+    def reached(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> NoReturn:
+        found.update(kwargs)
+        raise _ReachedError
+
+    hooks = [model.register_forward_pre_hook(facts.catch, with_kwargs=True)]
+    hooks.append(decoder_of(model).register_forward_pre_hook(reached, with_kwargs=True))
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
+    except _ReachedError:
+        return Entrance(found, facts.caught)
     finally:
-        hook.remove()
-    return caught[-1]
+        for hook in hooks:
+            hook.remove()
+    raise RuntimeError(f"the forward of {type(model).__name__} did not call its decoder")
+
+
+def final_hidden(model: "PreTrainedModel", start: Entrance) -> Float[Tensor, "batch tokens hidden"]:
+    """Final hidden states after the last norm, from the decoder on, with whatever is attached to the model."""
+    facts = told(model)
+    if facts is not None:
+        facts.caught = start.caught
+    hidden: Tensor = decoder_of(model)(**start.arguments).last_hidden_state
+    return hidden

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,26 +25,27 @@ _VOLATILE = (
 )
 
 
+VISUAL_TOKENS = ("image_token_id", "video_token_id")
+"""Attributes of a config that hold the ids of visual placeholder tokens, whatever the architecture."""
+
+
 @dataclass(frozen=True)
 class Family:
-    """One transformers architecture (`model_type`): which tokens are visual, how positions rotate."""
+    """What of an architecture (`model_type`) can be read neither off its config nor off its decoder."""
 
-    visual_token_attributes: tuple[str, ...] = ()
-    """Config attributes that hold the ids of visual placeholder tokens."""
     rope: str = "1d"
     """Which axis turns each frequency: "1d", or of M-RoPE's time, height and width "mrope" (one chunk each) or
-    "mrope_interleaved". Every family's keys are in the half-split layout."""
-
+    "mrope_interleaved", keys in the half-split layout; "unknown" keeps positions as they are."""
     grid: str = "unknown"
     """How visual tokens lie in their image: "square" (as many as the config says, row by row), "thw" (the inputs tell
     frames, rows and columns) or "unknown"."""
-
     own_mask: bool = False
     """Whether attention is more than causal (tokens of an image see all of it), so that the model's mask is read."""
 
     def visual_ids(self, config: Any) -> list[int]:
         """Ids of the visual placeholder tokens."""
-        return [getattr(config, name) for name in self.visual_token_attributes]
+        named = (getattr(config, name, None) for name in VISUAL_TOKENS)
+        return [number for number in named if number is not None]
 
     def visual_mask(self, config: Any, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """True at visual tokens."""
@@ -103,6 +104,8 @@ def _axis(rope: str, inv_freq: Tensor, section: Sequence[int] | None) -> Int[Ten
     match rope, section:
         case "1d", None:
             pass
+        case "unknown", _:
+            raise ValueError("how this model rotates its keys is not known; use positions=original")
         case "mrope", [*chunks] if sum(chunks) == len(axis):
             axis[:] = torch.arange(len(chunks)).remainder(3).repeat_interleave(torch.tensor(chunks))
         case "mrope_interleaved", [_, height, width]:
@@ -119,6 +122,21 @@ def _axis(rope: str, inv_freq: Tensor, section: Sequence[int] | None) -> Int[Ten
 def decoder_of(model: "PreTrainedModel") -> Any:
     """The language decoder (a module with `layers`, `config`, `rotary_emb`) of a text or vision-language model."""
     return model.get_decoder()
+
+
+def head_of(model: "PreTrainedModel") -> Callable[[Tensor], Tensor]:
+    """From final hidden states to logits, as the model's own forward does it, scaled or capped ones included."""
+    config, embeddings = model.config.get_text_config(), model.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+    if cap is None and factor == 1:
+        return embeddings
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = embeddings(hidden) * factor
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
 
 
 def evictable_layers(model: "PreTrainedModel") -> tuple[int, ...]:

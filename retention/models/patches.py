@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from retention.models.family import Family
+from retention.models.family import VISUAL_TOKENS, Family
 
 GRIDS = ("image_grid_thw", "video_grid_thw")
-"""Inputs that tell frames, rows and columns before patches are merged, by the order of a family's visual tokens."""
+"""Inputs that tell frames, rows and columns before patches are merged, in the order of `VISUAL_TOKENS`."""
+
+SQUARES = ("image_seq_length", "mm_tokens_per_image")
+"""Attributes of a config that hold the number of tokens of an image (or a tile); 1 where images are of any size."""
 
 
 def patch_places(
@@ -24,8 +27,8 @@ def patch_places(
     if family.grid == "unknown":
         return None
     places, number = torch.full((*ids.shape, 4), -1, dtype=torch.int16, device=ids.device), 0
-    for name, key in zip(family.visual_token_attributes, GRIDS, strict=False):
-        mine = ids == getattr(config, name)
+    for name, key in zip(VISUAL_TOKENS, GRIDS, strict=True):
+        mine = ids == getattr(config, name, -1)
         grids = _grids(family, config, int(mine.sum()), given.get(key))
         if grids is None:
             return None
@@ -44,9 +47,10 @@ def _grids(family: Family, config: Any, count: int, told: Tensor | None) -> list
     if not count:
         return []
     if family.grid == "square":
-        side = isqrt(config.image_seq_length)
-        known = side**2 == config.image_seq_length and count % config.image_seq_length == 0
-        return [(1, side, side)] * (count // config.image_seq_length) if known else None
+        size = next((getattr(config, name) for name in SQUARES if hasattr(config, name)), 1)
+        side = isqrt(size)
+        known = size > 1 and side**2 == size and count % size == 0
+        return [(1, side, side)] * (count // size) if known else None
     if told is None:
         return None
     merge = config.vision_config.spatial_merge_size

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from retention.ops.decay import age
-from retention.ops.logits import capped
+from retention.ops.logits import capped, softcap_of
 
 BLOCK = 256
 PAD_LOGIT = -1e4
@@ -43,8 +43,8 @@ def naive_gated_attention(
     groups, rows = q.shape[1] // k.shape[1], slice(first, first + q.shape[2])
     k, v, log_beta = (x.repeat_interleave(groups, 1).float() for x in (k, v, log_beta))
     ages = age(positions[:, rows], positions).clamp(min=0)[:, None]
-    logits = capped(scaling * q.float() @ k.transpose(-1, -2), scaling) + ages * log_beta[:, :, None]
-    weights = logits.masked_fill(~_seen(k.shape[2], rows, valid, allowed, q.device), float("-inf")).softmax(-1)
+    bias = (ages * log_beta[:, :, None]).masked_fill(~_seen(k.shape[2], rows, valid, allowed, q.device), float("-inf"))
+    weights = (capped(scaling * q.float() @ k.transpose(-1, -2), scaling) + bias).softmax(-1)
     return (weights @ v).to(q.dtype)
 
 
@@ -75,11 +75,23 @@ def blocked_gated_attention(
     valid: Bool[Tensor, "batch tokens"] | None = None,
     allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None,
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
-    """The same in blocks of queries, computed again in the backward: for masks that are not causal and capped logits."""
+    """The same in blocks of queries, computed again in the backward: for masks that are not causal and capped logits.
+
+    Without a cap each block is one SDPA call with the bias as its mask.
+    """
+    groups = q.shape[1] // k.shape[1]
 
     def block(rows: Tensor, first: int) -> Tensor:
-        more: dict[str, Any] = {"positions": positions, "valid": valid, "allowed": allowed, "first": first}
-        return naive_gated_attention(rows, k, v, log_beta, scaling=scaling, **more)
+        if softcap_of(scaling) is not None:
+            more: dict[str, Any] = {"positions": positions, "valid": valid, "allowed": allowed, "first": first}
+            return naive_gated_attention(rows, k, v, log_beta, scaling=scaling, **more)
+        own = slice(first, first + rows.shape[2])
+        ages = age(positions[:, own], positions).clamp(min=0)[:, None]
+        bias = ages * log_beta.float()[:, :, None]
+        bias = bias.masked_fill(~_seen(k.shape[2], own, valid, allowed, q.device), float("-inf")).to(q.dtype)
+        wide = (x.repeat_interleave(groups, 1) for x in (k, v, bias))
+        keys, values, mask = wide
+        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
 
     return _in_blocks(block, q)
 

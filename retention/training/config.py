@@ -55,6 +55,8 @@ class TrainerConfig:
     """linear or cosine, to 0 at max_steps; tied to steps, never to wall clock."""
     clip: float = 1.0
     """Gradient norm clip."""
+    recompute_activations: bool = False
+    """Hold only each layer's input and run it again in the backward: a third more time, memory for long contexts."""
     val_every: int = 200
     """Steps between validations under hard eviction."""
     save_every: int = 50

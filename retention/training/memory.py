@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from retention.attach.capture import Capture, capture_attention
-from retention.attach.hidden import final_hidden
+from retention.attach.hidden import Entrance, entrance, final_hidden
+from retention.attach.recompute import recomputing
 from retention.attach.simulate import SimulatedEviction, after_eviction, decide_eviction, simulate_eviction
 from retention.budget import Budget
 from retention.cache.recall import attention_with_lse
@@ -18,6 +19,7 @@ from retention.gates import RetentionGates
 from retention.losses import distillation_terms
 from retention.memory import MemoryLayer, RetentionMemory
 from retention.memory.linear import LinearLayer
+from retention.models.family import head_of
 from retention.policies import POLICIES
 from retention.training.config import MemoryTraining, TrainerConfig
 from retention.types import Batch
@@ -122,7 +124,8 @@ class MemoryTrainer(L.LightningModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
         inputs = {k: v.to(self.model.device) for k, v in batch.inputs.items()}
         with torch.no_grad(), capture_attention(self.model, self.gates) as capture:
-            teacher = final_hidden(self.model, inputs)
+            start = entrance(self.model, inputs)
+            teacher = final_hidden(self.model, start)
         self.last_log_beta = [layer.log_beta for layer in capture.layers if layer.log_beta is not None]
         eviction = draw_eviction(capture, self.training_config, generator)
         if eviction is None:
@@ -134,7 +137,7 @@ class MemoryTrainer(L.LightningModule):
         if self.global_step < self.training_config.regression_share * self.config.max_steps:
             loss = self._regress(eviction, capture)
         else:
-            loss = self._distil(eviction, inputs, teacher, batch.labels)
+            loss = self._distil(eviction, start, teacher, batch.labels)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch.ids))
         return loss
 
@@ -145,13 +148,12 @@ class MemoryTrainer(L.LightningModule):
             self.log(f"memory/{name}", torch.stack([figures[name] for _, figures in found]).mean().detach())
         return torch.stack([loss for loss, _ in found]).mean()
 
-    def _distil(
-        self, eviction: SimulatedEviction, inputs: dict[str, Tensor], teacher: Tensor, labels: Tensor
-    ) -> Tensor:
+    def _distil(self, eviction: SimulatedEviction, start: Entrance, teacher: Tensor, labels: Tensor) -> Tensor:
         """Stage 2: forward KL to the full cache and next token, under hard eviction with the memory in use."""
-        with simulate_eviction(self.model, eviction, self.memory):
-            student = final_hidden(self.model, inputs)
-        terms = distillation_terms(student, teacher, labels.to(student.device), self.model.get_output_embeddings())
+        again = self.config.recompute_activations
+        with simulate_eviction(self.model, eviction, self.memory), recomputing(self.model, active=again):
+            student = final_hidden(self.model, start)
+        terms = distillation_terms(student, teacher, labels.to(student.device), head_of(self.model))
         kl, ntp = (total / count.clamp(min=1) for total, count in terms)
         self.log_dict({"loss/kl": kl.detach(), "loss/ntp": ntp.detach()})
         return kl + ntp

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from retention.attach.facts import valid_tokens
-from retention.attach.hidden import final_hidden
+from retention.attach.hidden import entrance, final_hidden
+from retention.attach.recompute import recomputing
 from retention.attach.soft import attach_gates
 from retention.gates import RetentionGates
+from retention.models.family import head_of
 from retention.objectives import Objective
 from retention.objectives.base import Collected, Step
 from retention.training.config import TrainerConfig
@@ -23,18 +25,28 @@ if TYPE_CHECKING:
 
 
 def collect(
-    model: "PreTrainedModel", gates: RetentionGates, objective: Objective, inputs: dict[str, Tensor], step: Step
+    model: "PreTrainedModel",
+    gates: RetentionGates,
+    objective: Objective,
+    inputs: dict[str, Tensor],
+    step: Step,
+    *,
+    recompute: bool = False,
 ) -> Collected:
-    """What an objective's loss is made of: a teacher forward where it has one, then a forward with gates."""
-    teacher = None
+    """What an objective's loss is made of: a teacher forward where it has one, then a forward with gates.
+
+    Images are encoded once for both. With `recompute` layers are run again in the backward instead of kept.
+    """
+    start, teacher = entrance(model, inputs), None
     if objective.teacher:
         with torch.no_grad():
-            teacher = final_hidden(model, inputs)
+            teacher = final_hidden(model, start)
     batch, tokens = step.labels.shape
     lengths = valid_tokens(inputs.get("attention_mask"), batch, tokens, step.labels.device).sum(1)
     step.budget = objective.draw_budget(lengths, step.generator)
-    with attach_gates(model, gates, partial(objective.attend, step=step), budget=step.budget) as record:
-        student = final_hidden(model, inputs)
+    attend = partial(objective.attend, step=step)
+    with attach_gates(model, gates, attend, budget=step.budget) as record, recomputing(model, active=recompute):
+        student = final_hidden(model, start)
     assert record.positions is not None
     assert record.valid is not None
     return Collected(
@@ -44,7 +56,7 @@ def collect(
         record.stacked(),
         record.positions,
         record.valid,
-        model.get_output_embeddings(),
+        head_of(model),
         step,
         record.stacked("noted"),
     )
@@ -78,7 +90,8 @@ class GateTrainer(L.LightningModule):
         inputs = {k: v.to(self.model.device) for k, v in batch.inputs.items()}
         done = self.global_step / self.config.max_steps
         step = Step(batch.labels.to(self.model.device), self.step_generator(self.global_step), done)
-        collected = collect(self.model, self.gates, self.objective, inputs, step)
+        again = self.config.recompute_activations
+        collected = collect(self.model, self.gates, self.objective, inputs, step, recompute=again)
         self.last_log_beta = collected.log_beta
         terms, figures = self.objective.loss(collected)
         loss = terms.loss()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from retention import attach_gates, evicting
-from retention.attach.hidden import final_hidden
+from retention.attach.hidden import entrance, final_hidden
 from retention.gates import GATES, RetentionGates
 from retention.gates.trim import Trim
 from retention.ops.attention import naive_gated_attention
@@ -189,7 +189,7 @@ def test_final_hidden_is_what_the_head_reads():
     model, batch = model_of(), inputs_of("llama", LENGTHS)
     count = hooks(model)
     with torch.no_grad(), attach_gates(model, gates_of()):
-        hidden = final_hidden(model, batch)
+        hidden = final_hidden(model, entrance(model, batch))
         assert torch.allclose(model.lm_head(hidden), run(model, batch), atol=1e-6)
     assert hooks(model) == count
 

@@ -76,21 +76,22 @@ class Hiding:
 def hiding_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Softmax attention written out for the layers in question, the stock function for the others."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    hiding, layer = Hiding.current, module.layer_idx
-    if layer not in hiding.layers:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    """Softmax attention written out: for the layers in question without what was dropped, as it is for the others."""
+    hiding, layer, cap = Hiding.current, module.layer_idx, kwargs.get("softcap")
     length, new, groups = key.shape[2], query.shape[2], query.shape[1] // key.shape[1]
     seen = hiding.mask[:, None].expand(-1, key.shape[1], -1)
-    if hiding.held is not None:
+    if layer not in hiding.layers:
+        seen = torch.ones_like(seen[..., -length:])
+    elif hiding.held is not None:
         held = hiding.held[hiding.layers.index(layer)]
         seen = seen & F.pad(held, (0, length - held.shape[-1]), value=True)
     column, own = torch.arange(length), torch.arange(length - new, length)[:, None]
-    visible = ((column <= own) & seen[:, :, None]) | (column == own)
+    past = column <= own if attention_mask is None else attention_mask
+    visible = (past & seen[:, :, None]) | (column == own)
     key, value, visible = (x.repeat_interleave(groups, 1) for x in (key, value, visible))
-    weights = (scaling * query @ key.transpose(-1, -2)).masked_fill(~visible, float("-inf")).softmax(-1)
+    logits = scaling * query @ key.transpose(-1, -2)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
