@@ -8,10 +8,10 @@ INCLUDES_test := wandb
 INCLUDES_dev := test wandb
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint check fix
+.PHONY: help setup demo test test-compat test-gpu lint check fix
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(EXTRA)test  ## create .venv and install the package with its test tools
 
@@ -21,6 +21,9 @@ demo: $(EXTRA)wandb  ## train gates on the embedded model, then evaluate them ag
 
 test: $(EXTRA)test  ## run the default tests: CPU, offline
 	$(BIN)/python -m pytest
+
+test-compat:  ## run the family identities on the oldest and newest transformers and torch
+	$(PYTHON) scripts/test_compat.py
 
 test-gpu: $(EXTRA)test  ## run the tests that need CUDA
 	$(BIN)/python -m pytest -m gpu

@@ -34,9 +34,9 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 SQUARE = TOWER | {"image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.2}
-GRID = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": PATCH}
+GRID = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "patch_size": PATCH}
 GRID |= {"initializer_range": 0.2}
 SIZE = {"height": SIDE, "width": SIDE}
 
@@ -92,7 +92,7 @@ def _text(kind: str, **changes: Any) -> Any:
 def _llava() -> Any:
     from transformers import LlavaConfig
 
-    tower = _vision("CLIP", projection_dim=32)
+    tower = _vision("CLIP", projection_dim=64)
     own = {"image_seq_length": 16, "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
     return LlavaConfig(vision_config=tower, text_config=_text("Llama"), image_token_id=ID["<image>"], **own)
 
@@ -114,7 +114,7 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 def _llava_next() -> Any:
     from transformers import LlavaNextConfig
 
-    tower, ids = _vision("CLIP", projection_dim=32), {"image_token_id": ID["<image>"]}
+    tower, ids = _vision("CLIP", projection_dim=64), {"image_token_id": ID["<image>"]}
     own = {"image_seq_length": 16, "image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -2}
     return LlavaNextConfig(vision_config=tower, text_config=_text("Mistral", sliding_window=None), **own, **ids)
 

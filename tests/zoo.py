@@ -45,8 +45,6 @@ def loaded(name: str) -> tuple[Any, Any]:
     """Model and processor as a user loads them."""
     from retention.models.load import load_frozen
 
-    if name in TEXT:
-        return TEXT[name](), None
     return load_frozen(str(saved(name)), device="cpu")
 
 

@@ -14,7 +14,7 @@ from retention.attach.decode import decode_attention, recalled_attention
 from retention.attach.deltas import own_rope_deltas
 from retention.attach.facts import TokenFacts
 from retention.attach.hooks import attached
-from retention.attach.plain import logit_scaling, plain_attention
+from retention.attach.plain import logit_scaling, output_weight, plain_attention
 from retention.attach.second_pass import ListeningLayer, second_passes
 from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
@@ -23,7 +23,7 @@ from retention.cache.rotation import Rotation
 from retention.gates import RetentionGates
 from retention.memory import RetentionMemory
 from retention.models import family_of
-from retention.models.family import decoder_of, fingerprint, model_shape, rope_of
+from retention.models.family import decoder_device, decoder_of, fingerprint, model_shape, rope_of
 from retention.ops.rope import angles
 from retention.policies import Policy
 from retention.policies.collect import COLLECTORS, Observation, Rotary, rows_read
@@ -76,8 +76,7 @@ def _observation(
     """What collectors may look at in this call."""
     rows = rows_read(layer.owner.collectors, query.shape[2], layer.owner.window)
     call = Observation(query[:, :, -rows:], key, layer.visible(rows), scaling, layer.owner.window)
-    output = getattr(getattr(module, "o_proj", None), "weight", None)
-    return replace(call, values=value, output=output, rotary=_rotary(layer.owner, query.shape[2]))
+    return replace(call, values=value, output=output_weight(module), rotary=_rotary(layer.owner, query.shape[2]))
 
 
 def _rotary(cache: EvictingCache, queries: int) -> Rotary | None:
@@ -123,7 +122,7 @@ def new_cache(
         rope=rope_of(model, family_of(model)) if reads_queries else None,
         memory=memory,
         base=fingerprint(model) | {"dtype": str(model.dtype)},
-        device=model.device,
+        device=decoder_device(model),
     )
 
 

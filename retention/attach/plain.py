@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from retention.ops.logits import Scaling
@@ -41,6 +42,12 @@ def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
     return torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+
+
+def output_weight(module: nn.Module) -> Float[Tensor, "hidden features"] | None:
+    """Weight of the projection behind attention; None under another name, or where it is held quantised."""
+    weight = getattr(getattr(module, "o_proj", None), "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
 def logit_scaling(query: Tensor, scaling: float | None, softcap: float | None) -> Scaling:

@@ -14,14 +14,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from retention.attach.hooks import layer_hooks
-from retention.attach.plain import plain_attention
+from retention.attach.plain import output_weight, plain_attention
 from retention.attach.repetition import Feed, foreseen, repeated
 from retention.cache.evicting import EvictingCache
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.models.family import decoder_of
+from retention.models.versions import GrowingLayer
 from retention.ops.heeded import heeded
 from retention.ops.logits import softcap_of
 from retention.ops.observe import BLOCK
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class ListeningLayer(CacheLayerMixin):
+class ListeningLayer(GrowingLayer):
     """A layer that lends its entries to feeds and notes what these heed; it never grows."""
-
-    is_sliding = False
 
     def __init__(self, source: EvictingLayer, plan: Repetition | Foresight) -> None:
         super().__init__()
@@ -88,8 +87,8 @@ class ListeningLayer(CacheLayerMixin):
         keys = torch.cat([_rows(self.state.keys, slots), key], 2)
         sizes = streams = None
         if self.feed.weighed:
-            weight = getattr(getattr(module, "o_proj", None), "weight", None)
-            if weight is None or not weight.is_floating_point():
+            weight = output_weight(module)
+            if weight is None:
                 raise ValueError("a second pass weighed by values needs an attention module with a plain o_proj weight")
             values = torch.cat([_rows(self.state.values, slots), value], 2)
             sizes, streams = output_norms(values, weight, query.shape[1]), self.hidden.float().norm(dim=-1)
@@ -129,10 +128,6 @@ class ListeningLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of the stock mask, which attention does not read."""
         return query_length, self.source.get_seq_length()
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
 
 def _rows(entries: Tensor, slots: Int[Tensor, "batch kv_heads some"]) -> Float[Tensor, "batch kv_heads some width"]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retention.attach.facts import Facts
 from retention.attach.hooks import attached
-from retention.attach.plain import logit_scaling, plain_attention
+from retention.attach.plain import logit_scaling, output_weight, plain_attention
 from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.objectives.base import Attended, GatedCall, decayed
@@ -93,7 +93,7 @@ def _attended(
         key,
         value,
         hidden,
-        getattr(getattr(module, "o_proj", None), "weight", None),
+        output_weight(module),
         record.score[number],
         record.log_beta[number],
         scaling,

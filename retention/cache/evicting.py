@@ -4,11 +4,12 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache
 
 from retention.cache.config import REMEMBER, CacheConfig, check_policy
 from retention.cache.decide import Curve, decide, decides_by_layer, drop_one
@@ -36,7 +37,7 @@ class EvictingCache(Cache):
     def __init__(
         self,
         shape: ModelShape,
-        layers: Iterable[CacheLayerMixin | LinearAttentionCacheLayerMixin | None],
+        layers: Iterable[Any],
         policy: Policy,
         config: CacheConfig,
         *,

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import CacheLayerMixin
 
 from retention.cache import recall
 from retention.cache.config import REMEMBER
@@ -17,6 +16,7 @@ from retention.cache.evicted import merged
 from retention.cache.rotation import Turn
 from retention.cache.storage import Entries, LayerStorage
 from retention.memory import MemoryLayer, State
+from retention.models.versions import GrowingLayer
 from retention.ops.decay import log_beta_at
 from retention.policies.collect import COLLECTORS, Observation, statistics_of
 from retention.types import KVState
@@ -30,10 +30,8 @@ def tensor_bytes(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-class EvictingLayer(CacheLayerMixin):
+class EvictingLayer(GrowingLayer):
     """One layer's storage behind transformers' cache-layer interface; lengths are tokens seen, not tokens kept."""
-
-    is_sliding = False
 
     def __init__(self, owner: "EvictingCache", number: int) -> None:
         super().__init__()
@@ -254,10 +252,6 @@ class EvictingLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the stock mask: the columns of the tail and the new tokens."""
         return self.store.tail + query_length, self.length - self.store.tail
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted entries cannot come back."""

@@ -22,6 +22,7 @@ from retention.evaluation.store import RowStore
 from retention.files import write_json, write_text
 from retention.gates import RetentionGates
 from retention.models import family_of
+from retention.models.family import decoder_device
 from retention.models.load import load_configured
 from retention.policies.collect import COLLECTORS
 from retention.provenance import hardware, package_versions
@@ -59,7 +60,7 @@ def run(config: EvalConfig) -> Result:
     sets = load_gate_sets(config)
     for gate_set in sets:
         if gate_set.gates is not None:
-            gate_set.gates.to(model.device).check(model)
+            gate_set.gates.to(decoder_device(model)).check(model)
     renderer = Renderer(processor, family_of(model).visual_ids(model.config))
     session = Session(
         config, Runner(model, renderer, config.model.prompt_style), sets, RowStore(folder / "examples.jsonl")

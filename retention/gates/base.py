@@ -14,7 +14,7 @@ from retention.gates.architecture import GateConfig
 from retention.gates.beside import Reading
 from retention.gates.calibration import Calibration
 from retention.memory import RetentionMemory, memory_from_dict
-from retention.models.family import fingerprint, model_shape
+from retention.models.family import decoder_device, fingerprint, model_shape
 from retention.ops.decay import log_beta_from_score
 from retention.types import ModelShape
 
@@ -40,8 +40,9 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
     @classmethod
     def for_model(cls, config: GateConfig, model: "PreTrainedModel") -> "RetentionGates":
         """Fresh gates that fit a frozen model, on its device."""
+        device = decoder_device(model)
         base = {"name_or_path": model.config.name_or_path, **fingerprint(model)}
-        return cls(config, model_shape(model), base).to(model.device)
+        return cls(config, model_shape(model), base).to(device)
 
     def forward(
         self, layer: int, hidden_states: Float[Tensor, "batch tokens hidden"], **beside: Tensor | None

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from retention.types import ModelShape
 
@@ -163,17 +163,46 @@ def model_shape(model: "PreTrainedModel") -> ModelShape:
     )
 
 
+def decoder_device(model: "PreTrainedModel") -> torch.device:
+    """Where the decoder computes, also with weights that are kept elsewhere until they are needed.
+
+    Raises:
+        ValueError: for a decoder spread over several devices.
+    """
+    found: set[torch.device] = set()
+    for layer in decoder_of(model).layers:
+        placed = [getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in layer.modules()]
+        known = [torch.device(device) for device in placed if device is not None]
+        found |= set(known) or {next(layer.parameters()).device}
+    if len(found) > 1:
+        raise ValueError(
+            f"expected a decoder on one device, got {', '.join(sorted(map(str, found)))}: gates and evicting caches do not "
+            "work across devices; load it on one, quantised (model.quantization) or with parts offloaded to cpu or disk"
+        )
+    return found.pop()
+
+
+def _norms(decoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights of all normalisations by name, those that accelerate keeps elsewhere included."""
+    for path, module in decoder.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            whole = f"{path}.{name}" if path else name
+            if "norm" in whole and parameter.dim() == 1:
+                elsewhere: Any = getattr(module, "_hf_hook", None)
+                yield whole, elsewhere.weights_map[name] if parameter.is_meta else parameter
+
+
 def fingerprint(model: "PreTrainedModel") -> dict[str, str]:
     """Name, config hash and weight hash of a base; gates refuse another one.
 
-    The weight hash covers every normalisation weight of the decoder in bfloat16, so it is the same in every
-    dtype the base is loaded in and differs between fine-tunes that touch them.
+    The weight hash covers every normalisation weight of the decoder in bfloat16, so it is the same in float32 and
+    bfloat16, whole or quantised, and differs between fine-tunes that touch them. A base stored in float32 and loaded
+    in float16 rounds otherwise.
     """
     config = {k: v for k, v in model.config.get_text_config().to_dict().items() if k not in _VOLATILE}
     weights = hashlib.sha256()
-    for name, parameter in sorted(decoder_of(model).named_parameters()):
-        if "norm" in name and parameter.dim() == 1:
-            weights.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for _, parameter in sorted(_norms(decoder_of(model))):
+        weights.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "weight_hash": weights.hexdigest()[:16],

@@ -103,6 +103,8 @@ def load_frozen(
     placed: dict[str, Any] = {"device_map": device_map}
     if quantization != "none":
         placed = {"quantization_config": _quantized(quantization, dtype), "device_map": device_map or str(pick_device(device))}  # fmt: skip
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        placed["attn_implementation"] = "eager"  # some versions would leave the cap out of fused attention in silence
     factory = AutoModelForImageTextToText if visual else AutoModelForCausalLM
     model: Any = _needing("accelerate", factory.from_pretrained, source, dtype=dtype, revision=revision, **placed)
     if device_map is None and quantization == "none":

@@ -15,6 +15,7 @@ from retention.data.render import Renderer
 from retention.gates import RetentionGates
 from retention.memory import RetentionMemory
 from retention.models import family_of
+from retention.models.family import decoder_device
 from retention.models.load import load_configured
 from retention.training.callbacks import HalfLives, HardEvictionValidation, RandomState
 from retention.training.config import TrainConfig
@@ -104,7 +105,7 @@ def _with_memory(config: TrainConfig, model: "PreTrainedModel") -> RetentionGate
         "steps": config.trainer.max_steps,
         "seed": config.seed,
     }
-    return gates.to(model.device).train()
+    return gates.to(decoder_device(model)).train()
 
 
 def _name(config: TrainConfig) -> str:
