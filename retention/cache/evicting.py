@@ -55,10 +55,10 @@ class EvictingCache(Cache):
         """
         counter = iter(range(10**6))
         super().__init__(layers=[EvictingLayer(self, next(counter)) if x is None else x for x in layers])
-        self.shape = shape
+        self.blank = {i: copy.deepcopy(x) for i, x in enumerate(self.layers) if not isinstance(x, EvictingLayer)}
+        """Layers that this cache does not manage, as they begin."""
+        self.shape, self.memory, self.rotation, self.rope = shape, memory, rotation, rope
         self.extra_collectors = tuple(extra_collectors)
-        self.rotation, self.rope = rotation, rope
-        self.memory = memory
         self.rope_deltas: Tensor | None = None
         """What models with three-axis positions keep between the turns of a conversation."""
         self.base, self.device = dict(base or {}), device or torch.device("cpu")
@@ -296,10 +296,7 @@ class EvictingCache(Cache):
         if self.rotation is not None and self.rotation.coordinates is not None:
             groups["layout"].append(self.rotation.coordinates)
         for layer in self.evicting_layers:
-            groups["statistics"].extend(layer.observed.values())
-            groups["memory"].extend(layer.recalled.values())
-            groups["statistics"].extend([] if layer.heard is None else [layer.heard])
-            for item, found in layer.store.tensors().items():
+            for item, found in layer.tensors().items():
                 groups.setdefault(item, []).extend(found)
         stock = (stock_tensors(layer) for layer in self.layers if not isinstance(layer, EvictingLayer))
         return groups | {"outside": [x for found in stock for x in found]}
@@ -391,7 +388,10 @@ class EvictingCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the policy and its configuration stay."""
-        super().reset()
+        for layer in self.evicting_layers:
+            layer.reset()
+        for i, blank in self.blank.items():
+            self.layers[i] = copy.deepcopy(blank)
         self.tokens, self.new_tokens, self.tail_padded = Tokens(), 0, False
         self.expected, self.evicted, self.meter, self.rope_deltas = None, False, PeakMeter(), None
         if self.rotation is not None:

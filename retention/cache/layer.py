@@ -245,6 +245,15 @@ class EvictingLayer(GrowingLayer):
         positions = F.pad(tail, (store.longest, 0))
         return cache.rotation.pack(kept, positions, cache.seen(), mask)
 
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Everything the layer holds, by ledger item."""
+        heard = [] if self.heard is None else [self.heard]
+        own: dict[str, list[Tensor]] = {
+            "statistics": [*self.observed.values(), *heard],
+            "memory": list(self.recalled.values()),
+        }
+        return {**own, **self.store.tensors()}
+
     def get_seq_length(self) -> int:
         """Tokens processed, padding included: what drives positions."""
         return self.length

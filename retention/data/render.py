@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retention.data.collate import appended, left_pad
 from retention.data.evidence import cell_tokens, marked, token_grids
 from retention.data.example import Example, TextRef
 from retention.types import Batch
@@ -150,18 +151,13 @@ class Renderer:
     def training_batch(self, examples: list[Example]) -> Batch:
         """Contexts and second prompts with all turns and reference answers appended; labels on answers only, left-padded."""
         rendered = self.render([e.whole() for e in examples])
-        rows, labels = [], []
-        for row, turns in enumerate(rendered.turns):
-            ids = rendered.inputs["input_ids"][row][rendered.inputs["attention_mask"][row].bool()].tolist()
-            marks = [IGNORE] * len(ids)
+        more, labels = [], []
+        for turns, length in zip(rendered.turns, rendered.lengths, strict=True):
+            ids, marks = [], [IGNORE] * length
             for question, answer in zip(turns.questions, turns.answers, strict=True):
                 ids += question + answer
                 marks += [IGNORE] * len(question) + answer
-            rows.append(ids)
+            more.append(ids)
             labels.append(marks)
-        longest = max(map(len, rows))
-        inputs = {k: v for k, v in rendered.inputs.items() if k not in ("input_ids", "attention_mask")}
-        inputs["input_ids"] = torch.tensor([[self.pad] * (longest - len(r)) + r for r in rows])
-        inputs["attention_mask"] = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
-        padded = torch.tensor([[IGNORE] * (longest - len(r)) + r for r in labels])
-        return Batch(inputs, padded, [e.id for e in examples])
+        inputs = appended(rendered.inputs, more, self.pad)
+        return Batch(inputs, left_pad(labels, IGNORE), [e.id for e in examples])

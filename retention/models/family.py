@@ -94,7 +94,11 @@ def rope_of(model: "PreTrainedModel", family: Family) -> Rope:
             "use positions=original"
         )
     kind = rotary.rope_type["full_attention"] if isinstance(rotary.rope_type, dict) else rotary.rope_type
-    axis = _axis(family.rope, getattr(rotary, buffer), getattr(rotary, "mrope_section", None))
+    told = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    section = getattr(rotary, "mrope_section", None) or told.get(
+        "mrope_section"
+    )  # older modules leave it to the config
+    axis = _axis(family.rope, getattr(rotary, buffer), section)
     return Rope(rotary, buffer, axis, 1 if family.rope == "1d" else 3, "dynamic" in kind or kind == "longrope")
 
 

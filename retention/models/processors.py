@@ -55,6 +55,7 @@ def _without_videos(source: str, model_type: str, revision: str | None) -> Any:
 
 def _image_only(kind: Any) -> Any:
     """A processor class that may lack its video processor, and says so when it is given videos."""
+    from transformers import ProcessorMixin
 
     class ImageOnly(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -64,6 +65,10 @@ def _image_only(kind: Any) -> Any:
             if videos is not None:
                 raise ValueError(f"this processor was loaded for images alone, videos need torchvision; {EXTRA}")
             return super().__call__(images=images, text=text, **kwargs)
+
+        def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+            template = chat_template or self.chat_template  # SmolVLM's own asks its video processor first
+            return ProcessorMixin.apply_chat_template(self, conversation, template, **kwargs)
 
     ImageOnly.__name__ = ImageOnly.__qualname__ = kind.__name__
     return ImageOnly

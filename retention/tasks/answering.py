@@ -1,41 +1,40 @@
 """Prefill a context into a cache and answer its turns, greedily, the model's own answers staying in the context."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from retention.attach.positions import position_ids
 from retention.cache.evicting import EvictingCache
+from retention.data.collate import appended, left_pad
 from retention.data.render import Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _left_pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
-    return ids, mask
-
-
-def _forward(model: "PreTrainedModel", cache: EvictingCache, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
+def _forward(model: "PreTrainedModel", cache: EvictingCache, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of the last token of each row; positions count tokens seen, padding excluded."""
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    before = cache.seen() if cache.columns else mask.new_zeros(mask.shape[0])
+    own = {k: v.to(model.device) for k, v in inputs.items()}
+    ids, mask = own.pop("input_ids"), own.pop("attention_mask")
     past = cache.tokens.valid.to(mask.dtype) if cache.columns else mask[:, :0]
-    positions = (before[:, None] + mask.cumsum(1) - 1).clamp(min=0)
     out = model(
         input_ids=ids,
         attention_mask=torch.cat([past, mask], 1),
-        position_ids=positions,
+        position_ids=position_ids(model, cache, ids, mask, own),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-        **inputs,
+        **own,
     )
     return out.logits[:, -1]
+
+
+def _text(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """Rows of token ids as inputs, left-padded."""
+    return {"input_ids": left_pad(rows, pad), "attention_mask": left_pad([[1] * len(row) for row in rows], 0)}
 
 
 @torch.no_grad()
@@ -43,23 +42,17 @@ def prefill(
     model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered, *, pad: int = 0, first_question: bool = False
 ) -> Tensor:
     """Run the contexts into the cache, with the first question behind them if asked; returns the last logits."""
-    ids, mask = rendered.inputs["input_ids"], rendered.inputs["attention_mask"]
+    inputs = rendered.inputs
     if first_question:
-        rows = [ids[i][mask[i].bool()].tolist() + turns.questions[0] for i, turns in enumerate(rendered.turns)]
-        ids, mask = _left_pad(rows, pad)
-    return _forward(model, cache, ids, mask, **_beside_text(model, rendered.inputs))
+        inputs = appended(inputs, [turns.questions[0] for turns in rendered.turns], pad)
+    return _forward(model, cache, inputs)
 
 
 @torch.no_grad()
 def read_on(model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered) -> None:
     """Feed the second prompts, where there are any; the cache evicts after them as after every prompt."""
     if rendered.later is not None:
-        ids, mask = rendered.later["input_ids"], rendered.later["attention_mask"]
-        _forward(model, cache, ids, mask, **_beside_text(model, rendered.later))
-
-
-def _beside_text(model: "PreTrainedModel", inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.to(model.device) for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        _forward(model, cache, rendered.later)
 
 
 @torch.no_grad()
@@ -77,7 +70,7 @@ def answer_turns(
     with cache.hold():
         for turn in range(n_turns):
             rows = [carried[i] + t.questions[turn] for i, t in enumerate(rendered.turns)]
-            logits = _forward(model, cache, *_left_pad(rows, pad))
+            logits = _forward(model, cache, _text(rows, pad))
             limit = max(e.turns[turn].max_new_tokens for e in rendered.examples)
             produced = _greedy(model, cache, logits, limit, pad)
             for i, row in enumerate(produced.tolist()):
@@ -95,7 +88,8 @@ def _greedy(
     produced = [logits.argmax(-1)]
     alive = ~torch.isin(produced[-1], stop)
     while len(produced) < limit and alive.any():
-        token = _forward(model, cache, produced[-1][:, None], alive.long()[:, None]).argmax(-1)
+        newest = {"input_ids": produced[-1][:, None], "attention_mask": alive.long()[:, None]}
+        token = _forward(model, cache, newest).argmax(-1)
         produced.append(torch.where(alive, token, pad))
         alive = alive & ~torch.isin(token, stop)
     return torch.stack(produced, 1)

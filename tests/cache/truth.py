@@ -95,6 +95,15 @@ def hiding_attention(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
+def turned(rotary: Any, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys [batch, heads, tokens, head_dim] as the rotary module's own model turns them."""
+    module = sys.modules[type(rotary).__module__]
+    older = getattr(module, "apply_multimodal_rotary_pos_emb", None)  # the sections are picked there, not in the module
+    if older is not None and cos.dim() == 4:
+        return older(keys, keys, cos, sin, rotary.config.rope_parameters["mrope_section"])[1]
+    return module.apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+
+
 class Written:
     """Keys as layers write them before rotation, and the coordinates they are rotated to; one unpadded batch."""
 
@@ -111,11 +120,10 @@ class Written:
     def rotated(self, keys: Tensor, coordinates: Tensor, reached: int) -> Tensor:
         """`keys` [tokens, head_dim] as the model writes them at `coordinates` [axes, tokens] in a longer sequence."""
         rotary = decoder_of(self.model).rotary_emb
-        apply = sys.modules[type(rotary).__module__].apply_rotary_pos_emb
         arguments = {"layer_type": "full_attention"} if hasattr(rotary, "full_attention_inv_freq") else {}
         places = torch.cat([coordinates, torch.full_like(coordinates[:, :1], reached)], 1)[:, None]
         cos, sin = rotary.forward(keys, places if len(places) == 3 else places[0], **arguments)  # past the hook
-        return apply(keys[None, None], keys[None, None], cos[:, :-1], sin[:, :-1])[1][0, 0]
+        return turned(rotary, keys[None, None], *((x[..., :-1, :]) for x in (cos, sin)))[0, 0]
 
     def check_packed(self, cache: EvictingCache) -> float:
         """Largest error of a key right after an eviction, against its rotation at the packed place."""

@@ -1,7 +1,6 @@
 """Turned keys against each architecture's own rotary embedding, for every variant of frequencies and axes."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from retention.models import Family, family_of, rope_of
 from retention.models.family import decoder_of
 from retention.ops.rope import angles, turn_keys
 from tests import tiny
+from tests.cache.truth import turned
 
 BASE = {"rope_theta": 10_000.0}
 LENGTH = 64
@@ -76,12 +76,11 @@ def rotated(model, keys, coordinates, length=0):
     `length` stands for a longer sequence that the keys are a part of.
     """
     rotary = decoder_of(model).rotary_emb
-    apply = sys.modules[type(rotary).__module__].apply_rotary_pos_emb
     arguments = {"layer_type": "full_attention"} if hasattr(rotary, "full_attention_inv_freq") else {}
     places = coordinates if len(coordinates) == 3 else coordinates[0]
     places = torch.cat([places, torch.full_like(places[..., :1], length)], -1)
     cos, sin = rotary(keys, places, **arguments)
-    return apply(keys, keys, cos[:, :-1], sin[:, :-1])[1]
+    return turned(rotary, keys, *(x[..., :-1, :] for x in (cos, sin)))
 
 
 def draw(axes, high, seed):
