@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retention.attach.facts import Caught, TokenFacts
-from retention.attach.hooks import told
+from retention.attach.hooks import attachment
 from retention.models import family_of
 from retention.models.family import decoder_of
 
@@ -52,8 +52,8 @@ def entrance(model: "PreTrainedModel", inputs: dict[str, Tensor]) -> Entrance:
 
 def final_hidden(model: "PreTrainedModel", start: Entrance) -> Float[Tensor, "batch tokens hidden"]:
     """Final hidden states after the last norm, from the decoder on, with whatever is attached to the model."""
-    facts = told(model)
-    if facts is not None:
-        facts.caught = start.caught
+    hanging = attachment(model)
+    if hanging is not None:
+        hanging.facts.caught = start.caught
     hidden: Tensor = decoder_of(model)(**start.arguments).last_hidden_state
     return hidden

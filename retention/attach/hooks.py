@@ -1,7 +1,8 @@
 """Hangs an attention function and hooks onto an unforked model, and takes everything off again."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,17 @@ from retention.models.family import decoder_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_attached: "WeakKeyDictionary[nn.Module, TokenFacts]" = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Attachment:
+    """What hangs on a model."""
+
+    facts: TokenFacts
+    again: Callable[[], AbstractContextManager[Any]]
+    """Hangs the same on the model once more, later, for layers that are run again in the backward."""
+
+
+_attached: "WeakKeyDictionary[nn.Module, Attachment]" = WeakKeyDictionary()
 
 BeforeLayer = Callable[[int, dict[str, Any]], dict[str, Any] | None]
 """Of an attention module: the layer's number in the decoder and its arguments; gives more arguments, which reach the
@@ -49,7 +60,7 @@ def attached(
 
     with ExitStack() as stack:
         stack.callback(_attached.pop, model)
-        _attached[model] = facts
+        _attached[model] = Attachment(facts, lambda: attached(model, name, function, layers, before_layer))
         stack.callback(_set_attention, model, decoder.config._attn_implementation)
         _set_attention(model, name)
         stack.callback(model.register_forward_pre_hook(facts.catch, with_kwargs=True).remove)
@@ -73,8 +84,8 @@ def layer_hooks(decoder: Any, layers: tuple[int, ...], before_layer: BeforeLayer
         yield
 
 
-def told(model: nn.Module) -> TokenFacts | None:
-    """What catches the facts of a model's forwards, while something is attached to it."""
+def attachment(model: nn.Module) -> Attachment | None:
+    """What hangs on a model now, if anything."""
     return _attached.get(model)
 
 

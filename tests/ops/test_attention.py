@@ -1,10 +1,21 @@
 """Gated attention: the fused form against the naive one, and the naive one against plain mathematics."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from retention.ops.attention import augmented_gated_attention, naive_gated_attention
+from retention.ops import attention
+from retention.ops.attention import (
+    augmented_gated_attention,
+    blocked_gated_attention,
+    delayed_attention,
+    naive_delayed_attention,
+    naive_gated_attention,
+)
+from retention.ops.logits import Scaling
 
 FORMS = [naive_gated_attention, augmented_gated_attention]
 SCALING = 0.31
@@ -162,3 +173,71 @@ def test_output_has_the_dtype_of_the_queries(form):
     torch.testing.assert_close(
         half.float(), form(q, k, v, log_beta, scaling=SCALING, positions=upto(5)), rtol=0.05, atol=0.05
     )
+
+
+def images_in(tokens, batch=2):
+    """Causal, but tokens 3 to 6 and 8 to 10 see each other; the first column of row 1 is padding."""
+    blocks = torch.full((tokens,), -1)
+    blocks[3:7], blocks[8:11] = 0, 1
+    same = (blocks[:, None] == blocks) & (blocks >= 0)
+    allowed = (torch.ones(tokens, tokens, dtype=torch.bool).tril() | same).expand(batch, 1, -1, -1).clone()
+    allowed[1, :, :, 0] = False
+    return allowed
+
+
+def by_hand(q, k, v, log_beta, allowed, cap):
+    """Keys ahead do not decay; the cap comes before the decay."""
+    groups, tokens = q.shape[1] // k.shape[1], q.shape[2]
+    out = torch.zeros_like(q)
+    for b, h, t in ((b, h, t) for b in range(len(q)) for h in range(q.shape[1]) for t in range(tokens)):
+        seen = [i for i in range(tokens) if allowed[b, 0, t, i] or i == t]
+        logits = torch.stack([SCALING * q[b, h, t] @ k[b, h // groups, i] for i in seen])
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        decays = torch.stack([max(0, t - i) * log_beta[b, h // groups, i] for i in seen])
+        weights = (logits + decays).softmax(0)
+        out[b, h, t] = sum(w * v[b, h // groups, i] for w, i in zip(weights, seen, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_masks_that_are_not_causal_and_caps(cap, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    inputs, allowed, scaling = draw(13), images_in(13), Scaling(SCALING, cap)
+    options = {"scaling": scaling, "positions": upto(13), "allowed": allowed}
+    expected, found = by_hand(*inputs, allowed, cap), []
+    for form in (naive_gated_attention, blocked_gated_attention):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = form(*leaves, **options)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        found.append(torch.autograd.grad(out.square().sum(), leaves))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_without_a_mask_blocks_are_the_causal_form(cap, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    inputs, valid = draw(11), torch.ones(2, 11, dtype=torch.bool)
+    valid[1, :3] = False
+    options = {"scaling": Scaling(SCALING, cap), "positions": upto(11), "valid": valid}
+    naive, blocked = (form(*inputs, **options) for form in (naive_gated_attention, blocked_gated_attention))
+    torch.testing.assert_close(blocked[0], naive[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(blocked[1, :, 3:], naive[1, :, 3:], rtol=1e-5, atol=1e-5)
+
+
+def test_delayed_attention_reads_the_mask_too(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    q, k, v, log_keep = draw(13)
+    allowed, options = images_in(13), {"scaling": SCALING, "positions": upto(13), "window": 2}
+    naive = naive_delayed_attention(q, k, v, log_keep, allowed=allowed, **options)
+    torch.testing.assert_close(delayed_attention(q, k, v, log_keep, allowed=allowed, **options), naive)
+    blind = naive_delayed_attention(q, k, v, log_keep, **options)
+    assert not torch.allclose(naive[0, :, 3:6], blind[0, :, 3:6], atol=1e-3)
+    torch.testing.assert_close(naive[0, :, 11:], blind[0, :, 11:])
+
+
+def test_a_scaling_is_a_number_that_survives_copies():
+    scaling = Scaling(0.25, 50.0)
+    assert scaling == 0.25
+    for twin in (copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
+        assert (float(twin), twin.softcap) == (0.25, 50.0)
