@@ -1,15 +1,26 @@
-"""Axis words and the few dataclasses that travel between rooms.
+"""Axis words, the few dataclasses that travel between rooms, and how their settings are checked.
 
 Axes: `batch` sequences, `tokens` of a sequence, `queries` and `keys` of an attention call, `heads` query
 heads, `kv_heads` key-value heads, `head_dim`, `hidden` features, `layers` evictable decoder layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def require(checks: Iterable[tuple[bool, str, object]]) -> None:
+    """Check settings: whether each holds, what is expected, what came.
+
+    Raises:
+        ValueError: for the first that does not hold.
+    """
+    for holds, expected, got in checks:
+        if not holds:
+            raise ValueError(f"expected {expected}, got {got!r}")
 
 
 @dataclass(frozen=True)

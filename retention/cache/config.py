@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from retention.budget import ALLOCATORS, HEAD_FORMS, Budget
 from retention.cache.evicted import MERGES
 from retention.policies import Policy
+from retention.types import require
 
 ON_EVICT = ("drop", "merge", "memory", "memory_paid", "refund")
 REMEMBER = ("memory", "memory_paid")
@@ -114,9 +115,7 @@ class CacheConfig:
                 self.visual_share,
             ),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
         protected = self.sink_size + self.recent_size
         if self.budget.unit == "tokens" and protected and self.budget.amount <= protected:
             raise ValueError(

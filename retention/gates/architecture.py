@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from retention.gates.beside import MODALITIES, Grounding
 from retention.ops.decay import budget_coordinate, offset_for_half_life
-from retention.types import ModelShape
+from retention.types import ModelShape, require
 
 BESIDE = ("budget_conditioned", "budget_min", "budget_max", "budget_ref", "modality", "text_prior")
 """Settings that artefacts name only where they are not the default, so that older versions read plain gates."""
@@ -64,9 +64,7 @@ class GateConfig(ABC):
                 (self.budget_min, self.budget_max, self.budget_ref),
             ),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     @abstractmethod
     def build(self, shape: ModelShape) -> "GateStack":

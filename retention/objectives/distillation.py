@@ -13,7 +13,7 @@ from retention.budget import Budget
 from retention.losses import capacity_loss, distillation_terms
 from retention.objectives.base import Collected, Objective
 from retention.ops.capacity import expected_size, sample_queries
-from retention.types import LossTerms
+from retention.types import LossTerms, require
 
 log = logging.getLogger(__name__)
 NORMS, REDUCTIONS = ("exact", "public", "budget", "paper"), ("mean", "active_mean")
@@ -74,9 +74,7 @@ class Distillation(Objective):
             ),
             (self.queries >= 1, "objective.queries of at least 1", self.queries),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
         if self.capacity_reduction == "active_mean":
             log.warning(BIASED)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from retention.losses import Pair, distillation_terms
 from retention.objectives.base import Attended, Collected, GatedCall, Objective, Step
 from retention.ops.attention import delayed_attention
-from retention.types import LossTerms
+from retention.types import LossTerms, require
 
 
 @dataclass
@@ -47,9 +47,7 @@ class DMS(Objective):
             (self.temperature > 0, "objective.temperature above 0", self.temperature),
             (self.ratio_weight >= 0, "objective.ratio_weight of 0 or more", self.ratio_weight),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     def attend(self, call: GatedCall, step: Step) -> Attended:
         """Delayed attention under this step's noise; the relaxed log weights are noted."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from retention.losses import hidden_distance
 from retention.objectives.base import Attended, Collected, GatedCall, Objective, Step, decaying
 from retention.ops.attention import delayed_attention
-from retention.types import LossTerms
+from retention.types import LossTerms, require
 
 
 @dataclass
@@ -39,9 +39,7 @@ class DuoAttention(Objective):
             (self.recent_size >= 1, "objective.recent_size of at least 1", self.recent_size),
             (self.sparsity_weight >= 0, "objective.sparsity_weight of 0 or more", self.sparsity_weight),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     def attend(self, call: GatedCall, step: Step) -> Attended:
         """Full and streaming attention, mixed head by head."""

@@ -13,6 +13,7 @@ from retention.data.example import EvidenceRef, Example, Segment, Turn
 from retention.embedded import LETTERS
 from retention.tasks.base import Task
 from retention.tasks.scene import COLOURS, GRID, KEY0, N_KEYS, draw_cells, enlarged, key_name
+from retention.types import require
 
 
 @dataclass
@@ -36,9 +37,7 @@ class DiffuseCount(Task):
             (0 <= self.n_distractors <= room, f"task.n_distractors between 0 and {room}", self.n_distractors),
             (self.cell_px >= 8, "task.cell_px of at least 8", self.cell_px),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     def example(
         self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None

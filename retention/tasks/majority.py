@@ -12,6 +12,7 @@ import numpy as np
 from retention.data.example import EvidenceRef, Example, Segment, TextRef, Turn
 from retention.tasks.base import Task
 from retention.tasks.scene import GRID, N_KEYS, Needle, draw_scene, enlarged
+from retention.types import require
 
 
 @dataclass
@@ -44,9 +45,7 @@ class Majority(Task):
             (1 <= self.n_turns <= self.n_keys, f"task.n_turns between 1 and {self.n_keys}", self.n_turns),
             (self.cell_px >= 8, "task.cell_px of at least 8", self.cell_px),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     def example(
         self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None

@@ -13,6 +13,7 @@ from retention.data.example import EvidenceRef, Example, Segment, TextRef, Turn
 from retention.embedded import LETTERS
 from retention.tasks.base import Task
 from retention.tasks.scene import COLOURS, GRID, N_KEYS, Needle, draw_scene, enlarged
+from retention.types import require
 
 
 @dataclass
@@ -66,9 +67,7 @@ class Needles(Task):
             ),
             (self.cell_px >= 8, "task.cell_px of at least 8", self.cell_px),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     def example(
         self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None

@@ -13,6 +13,7 @@ from retention.data.example import Example, Segment
 from retention.tasks.filler import filler
 from retention.tasks.needles import Needles
 from retention.tasks.scene import N_KEYS, draw_scene, enlarged
+from retention.types import require
 
 
 @dataclass
@@ -36,9 +37,7 @@ class Recall(Needles):
             (self.filler_images + self.filler_words >= 1, "task.filler_images or filler_words of at least 1", 0),
             (0 <= self.filler_needles <= most, f"task.filler_needles between 0 and {most}", self.filler_needles),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     def example(
         self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None

@@ -13,6 +13,7 @@ from retention.data.example import Example, Segment, TextRef, Turn
 from retention.tasks.filler import filler
 from retention.tasks.needles import Needles
 from retention.tasks.scene import N_KEYS, key_name
+from retention.types import require
 
 ASKED = ("images", "text", "both")
 
@@ -46,9 +47,7 @@ class TextHeavy(Needles):
                 self.n_facts,
             ),
         )
-        for holds, expected, got in checks:
-            if not holds:
-                raise ValueError(f"expected {expected}, got {got!r}")
+        require(checks)
 
     def example(
         self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
