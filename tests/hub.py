@@ -282,9 +282,10 @@ HUB: dict[str, Hub] = {
 }
 TEMPLATE = (
     "{%- for message in messages -%}{{ message['role'] + ': ' }}"
+    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
     "{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ part['text'] }}{%- endif -%}"
-    "{%- endfor -%}{{ '\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{ '\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
 )
 
 

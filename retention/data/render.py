@@ -52,10 +52,30 @@ class Renderer:
         self.pad = (
             self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         )
+        self._strings = self._takes_strings()
         self._between, self._before_answer = self._glue()
 
     def _template(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
+        """Messages as the chat template writes them; a text model's get plain strings, one without a template lines."""
+        if self._strings:
+            joined = ["".join(part["text"] for part in message["content"]) for message in messages]
+            if self.tokenizer.chat_template is None:
+                return "\n".join([*joined, *[""] * prompt])
+            messages = [{**message, "content": text} for message, text in zip(messages, joined, strict=True)]
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    def _takes_strings(self) -> bool:
+        """Whether messages have to be strings: in text models whose template knows no parts, or that have none."""
+        if self.processor is not self.tokenizer:
+            return False
+        if self.tokenizer.chat_template is None:
+            return True
+        message = {"role": "user", "content": [{"type": "text", "text": _MARKS[0]}]}
+        try:
+            text: str = self.processor.apply_chat_template([message], tokenize=False)
+        except Exception:  # a template may fail in any way on what it does not expect
+            return True
+        return "'type'" in text or _MARKS[0] not in text
 
     def _glue(self) -> tuple[str, str]:
         """What the chat template writes between an answer and the next question, and before an answer."""

@@ -10,7 +10,7 @@ from retention.data.example import Example, Segment, Turn
 from retention.data.render import Renderer
 from retention.models import family_of
 from retention.tasks.answering import answer_turns, prefill, read_on
-from tests import zoo
+from tests import hub, zoo
 from tests.cache.helpers import small
 from tests.data.test_render import conversation
 
@@ -104,3 +104,29 @@ def test_the_first_question_may_be_read_before_the_eviction(name):
         prefill(model, cache, rendered, pad=renderer.pad)
         answers = answer_turns(model, cache, rendered, pad=renderer.pad)
     assert [row[0][0] for row in answers] == logits.argmax(-1).tolist()
+
+
+TEMPLATES = {
+    "strings": "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}",
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_text_models_get_strings_or_plain_lines(kind):
+    """Templates of text models take no lists of parts; base models have no template at all."""
+    tokenizer = hub.tokenizer({})
+    tokenizer.chat_template = TEMPLATES[kind]
+    turns = [Turn("When?", "now"), Turn("Where?", "here")]
+    one = Example("x", [Segment("text", "A long "), Segment("text", "story. ")], turns, "deferred_turn")
+    renderer = Renderer(tokenizer, [])
+    batch = renderer.training_batch([one])
+    text = tokenizer.decode(batch.inputs["input_ids"][0])
+    assert (
+        text
+        == {
+            "strings": "<user>A long story. When?<assistant>now<user>Where?<assistant>here",
+            "none": "A long story. When?\nnow\nWhere?\nhere",
+        }[kind]
+    )
+    assert tokenizer.decode(batch.labels[0][batch.labels[0] != -100]) == "nowhere"
