@@ -107,10 +107,12 @@ class LossTerms:
 
     terms: dict[str, tuple[Float[Tensor, ""], Float[Tensor, ""]]]
     weights: dict[str, float]
+    least: float = 1.0
+    """Counts below it count as it: less than 1 where a count is a process's share of all."""
 
     def means(self) -> dict[str, Float[Tensor, ""]]:
         """Each term divided by its count (0 where the count is 0)."""
-        return {name: total / count.clamp(min=1) for name, (total, count) in self.terms.items()}
+        return {name: total / count.clamp(min=self.least) for name, (total, count) in self.terms.items()}
 
     def loss(self) -> Float[Tensor, ""]:
         """Weighted sum of the means."""

@@ -37,6 +37,9 @@ class DataConfig:
                 raise ValueError(f"expected data.{name} of at least 1, got {getattr(self, name)}")
 
 
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
+
+
 @dataclass
 class TrainerConfig:
     """Optimiser, schedule and how often to look and to save."""
@@ -55,6 +58,12 @@ class TrainerConfig:
     """linear or cosine, to 0 at max_steps; tied to steps, never to wall clock."""
     clip: float = 1.0
     """Gradient norm clip."""
+    strategy: str = "auto"
+    """auto, ddp, fsdp or deepspeed: Lightning's; the frozen base is held whole by every process."""
+    devices: int = 1
+    """Processes on each node; with several, data.batch_size is that of each."""
+    num_nodes: int = 1
+    """Nodes of a cluster."""
     recompute_activations: bool = False
     """Hold only each layer's input and run it again in the backward: a third more time, memory for long contexts."""
     val_every: int = 200
@@ -65,9 +74,11 @@ class TrainerConfig:
     """Budgets of the validation; its mean accuracy chooses the exported gates."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "val_every", "save_every"):
+        for name in ("max_steps", "val_every", "save_every", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected trainer.{name} of at least 1, got {getattr(self, name)}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"expected trainer.strategy among {', '.join(STRATEGIES)}, got {self.strategy!r}")
         if not self.lr > 0 or not self.offset_lr > 0:
             raise ValueError(f"expected learning rates above 0, got lr {self.lr} and offset_lr {self.offset_lr}")
         if self.schedule not in ("linear", "cosine"):
@@ -117,7 +128,8 @@ class TrainConfig:
     output_dir: str = "outputs/train/run"
     """Where the run writes."""
     resume: str | None = None
-    """Folder of a run to go on with; the other values must be the same."""
+    """Folder of a run to go on with, the other values being the same; auto is output_dir where it holds a run already,
+    so that one command starts and continues (a job that is put back into its queue)."""
     experiment: str | None = None
     """Name of the experiment preset, for the record."""
 

@@ -20,12 +20,14 @@ from retention.models.load import load_configured
 from retention.training.callbacks import HalfLives, HardEvictionValidation, RandomState
 from retention.training.config import TrainConfig
 from retention.training.datamodule import GateData
+from retention.training.devices import rank, settle
 from retention.training.export import chosen_record
 from retention.training.loggers import Tracking
 from retention.training.memory import MemoryTrainer
 from retention.training.module import GateTrainer
 from retention.training.resume import claim, newest_checkpoint, settings
 from retention.training.validation import hard_eviction_accuracy
+from retention.training.watch import Finite, Preemption, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +41,10 @@ def run(config: TrainConfig) -> Path:
     Killed at any moment, the same config with `resume` set to the run's folder ends with bitwise the same gates on the
     same machine.
     """
+    config = settle(config)
     folder = Path(config.resume or config.output_dir)
-    claim(folder, config)
+    if rank() == 0:
+        claim(folder, config)
     artefact = folder / "gates"
     if artefact.exists():
         log.info("%s is finished, its gates are in %s", folder, artefact)
@@ -77,6 +81,8 @@ def run(config: TrainConfig) -> Path:
         trainer.fit(
             module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
         )
+    if rank() > 0:
+        return artefact
     gates.load_state_dict(best.best)
     gates.training_record |= chosen_record(best.state_dict())
     gates.save_pretrained(artefact)
@@ -123,12 +129,24 @@ def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEv
     return L.Trainer(
         max_steps=config.trainer.max_steps,
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=1,
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        strategy=config.trainer.strategy,
+        use_distributed_sampler=False,
         gradient_clip_val=config.trainer.clip,
         logger=tracking.loggers,
         log_every_n_steps=min(10, config.trainer.max_steps),
         num_sanity_val_steps=0,
-        callbacks=[best, *lives, RandomState(), TQDMProgressBar(refresh_rate=10), saver],
+        callbacks=[
+            best,
+            *lives,
+            Watch(),
+            Finite(folder),
+            Preemption(folder),
+            RandomState(),
+            TQDMProgressBar(refresh_rate=10),
+            saver,
+        ],
         enable_model_summary=False,
         default_root_dir=folder,
     )
