@@ -3,8 +3,12 @@
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from retention.ops.decay import age
+
+BLOCK = 64
+"""Queries that are held against all tokens at a time."""
 
 
 def naive_expected_size(
@@ -20,17 +24,34 @@ def naive_expected_size(
     return (weights * (ages >= 0)).sum(-1)
 
 
+def naive_expected_size_at(
+    log_beta: Float[Tensor, "batch kv_heads tokens"],
+    positions: Int[Tensor, "batch tokens"],
+    queries: Int[Tensor, "batch queries"],
+    valid: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, "batch kv_heads queries"]:
+    """The same sum at chosen query positions, padding not counted; a tokens x queries intermediate."""
+    ages = age(queries, positions)
+    alive = ages >= 0 if valid is None else (ages >= 0) & valid[:, None]
+    weights = torch.exp(ages.clamp(min=0)[:, None] * log_beta.float()[:, :, None])
+    return (weights * alive[:, None]).sum(-1)
+
+
 def expected_size(
     log_beta: Float[Tensor, "batch kv_heads tokens"],
     positions: Int[Tensor, "batch tokens"],
     queries: Int[Tensor, "batch queries"],
     valid: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch kv_heads queries"]:
-    """The same sum at chosen query positions only: tokens x queries work and memory, padding not counted."""
-    ages = age(queries, positions)
-    alive = ages >= 0 if valid is None else (ages >= 0) & valid[:, None]
-    weights = torch.exp(ages.clamp(min=0)[:, None] * log_beta.float()[:, :, None])
-    return (weights * alive[:, None]).sum(-1)
+    """The same in blocks of queries, computed again in the backward: memory linear in tokens, for any queries.
+
+    At all positions it is exact; at sampled ones the work is linear too.
+    """
+
+    def block(part: Tensor) -> Tensor:
+        return naive_expected_size_at(log_beta, positions, part, valid)
+
+    return torch.cat([checkpoint(block, part, use_reentrant=False) for part in queries.split(BLOCK, 1)], -1)
 
 
 def sample_queries(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from retention.ops.capacity import expected_size, naive_expected_size, sample_queries
+from retention.ops import capacity
+from retention.ops.capacity import expected_size, naive_expected_size, naive_expected_size_at, sample_queries
 
 
 def draw(batch=2, kv_heads=3, tokens=14, seed=0):
@@ -143,3 +144,30 @@ def test_the_same_generator_state_draws_the_same_queries():
         sample_queries(torch.tensor([50]), torch.tensor([3.0]), 6, torch.Generator().manual_seed(4)) for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_blocks_give_the_naive_sizes_and_gradients(block, monkeypatch):
+    monkeypatch.setattr(capacity, "BLOCK", block)
+    queries, valid, found = upto(14)[:, ::2], torch.ones(2, 14, dtype=torch.bool), []
+    valid[1, :3] = False
+    for form in (naive_expected_size_at, expected_size):
+        leaf = draw().requires_grad_()
+        sizes = form(leaf, upto(14), queries, valid)
+        found.append((sizes.detach(), *torch.autograd.grad(sizes.square().sum(), leaf)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_held_for_the_backward_is_linear_in_tokens():
+    """At all positions: the naive form holds tokens x tokens."""
+    held = {}
+    for tokens in (256, 512):
+        for form in (naive_expected_size_at, expected_size):
+            sizes = []
+            leaf = draw(1, 2, tokens).requires_grad_()
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+                form(leaf, upto(tokens, 1), upto(tokens, 1))
+            held[form, tokens] = sum(sizes)
+    assert held[naive_expected_size_at, 512] > 3.9 * held[naive_expected_size_at, 256]
+    assert held[expected_size, 512] < held[naive_expected_size_at, 512] / 20
