@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(VENV)/.installed-
 INCLUDES_test := wandb
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 INCLUDES_dev := test wandb
 
 .DEFAULT_GOAL := help
@@ -20,7 +21,7 @@ demo: $(EXTRA)wandb  ## train gates on the embedded model, then evaluate them ag
 	$(BIN)/python eval.py
 
 test: $(EXTRA)test  ## run the default tests: CPU, offline
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-compat:  ## run the family identities on the oldest and newest transformers and torch
 	$(PYTHON) scripts/test_compat.py
@@ -35,7 +36,7 @@ lint: $(EXTRA)dev  ## check format, style, types and layers
 	$(BIN)/lint-imports --no-logo
 
 check: lint  ## everything that CI runs: lint, then the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 fix: $(EXTRA)dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

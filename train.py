@@ -18,12 +18,14 @@ def main(composed: DictConfig) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        from retention.training.devices import rank
         from retention.training.run import run
 
         artefact = run(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"gates: {artefact}\nevaluate them: python eval.py gates={artefact}")
+    if rank() == 0:
+        print(f"gates: {artefact}\nevaluate them: python eval.py gates={artefact}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,22 @@ def hidden_distance(
     return torch.square(apart).mean(-1).sum(), scored.sum().float()
 
 
+def relative_excess(
+    sizes: Float[Tensor, "layers batch kv_heads queries"],
+    queries: Int[Tensor, "batch queries"],
+    budget: Float[Tensor, " batch"],
+) -> Float[Tensor, ""]:
+    """How far the expected cache size, meaned over layers and heads, lies above the budget, in budgets.
+
+    Signed, meaned over the eligible queries (those past the budget) of all sequences, without a gradient; 0 where there
+    are none.
+    """
+    limit = budget[:, None]
+    eligible = queries.float() >= limit
+    excess = ((sizes.detach().mean((0, 2)) - limit) / limit).masked_fill(~eligible, 0.0)
+    return excess.sum() / eligible.sum().clamp(min=1)
+
+
 def capacity_loss(
     sizes: Float[Tensor, "layers batch kv_heads queries"],
     queries: Int[Tensor, "batch queries"],

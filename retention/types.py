@@ -99,6 +99,8 @@ class Batch:
     inputs: dict[str, Tensor]
     labels: Int[Tensor, "batch tokens"]
     ids: list[str]
+    context: Int[Tensor, " batch"] | None = None
+    """Tokens of each row before its first question, where there are questions."""
 
 
 @dataclass

@@ -41,7 +41,7 @@ PRESETS = [
 
 
 def test_every_folder_of_configs_is_covered() -> None:
-    covered = {*CHOICES["train"], *CHOICES["eval"], *TABLES, "experiment"}
+    covered = {*CHOICES["train"], *CHOICES["eval"], *TABLES, "experiment", "hydra"}  # launchers: test_sweeps
     assert {folder.name for folder in CONFIG_DIR.iterdir() if folder.is_dir()} <= covered
     assert {file.stem for file in CONFIG_DIR.glob("*.yaml")} == set(ROOTS)
 

@@ -1,9 +1,10 @@
 """Rows of different lengths as one left-padded batch, with everything that is told per token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as padded
 
 
 def left_pad(rows: list[list[int]], fill: int) -> Tensor:
@@ -27,3 +28,16 @@ def appended(inputs: Mapping[str, Tensor], more: list[list[int]], pad: int) -> d
             tails = behind.get(name, [[0] * len(row) for row in more])
             found[name] = left_pad([row + tail for row, tail in zip(rows, tails, strict=True)], fill)
     return found
+
+
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Rows' pixels (or what belongs to them) as one tensor along the first axis; the other axes end in zeros.
+
+    So do processors themselves where images of a batch differ in size, or rows in their number of images or tiles.
+    """
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
+    wide = []
+    for part in parts:
+        missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
+        wide.append(padded(part, [x for gap in reversed(missing) for x in (0, gap)]))
+    return torch.cat(wide)

@@ -10,9 +10,9 @@ from torch import Tensor
 from retention.data.collate import appended, left_pad
 from retention.data.evidence import cell_tokens, marked, token_grids
 from retention.data.example import Example, TextRef
+from retention.data.template import MARKS, Template
 from retention.types import Batch
 
-_MARKS = ("\u2402first\u2402", "\u2402answer\u2402", "\u2402next\u2402")
 IGNORE = -100
 
 
@@ -46,56 +46,27 @@ class Renderer:
     """Renders examples for one processor; the context ends before the first question's first token."""
 
     def __init__(self, processor: Any, visual_ids: Sequence[int]) -> None:
-        self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.template = Template(processor)
+        self.processor, self.tokenizer, self.pad = processor, self.template.tokenizer, self.template.pad
         self.visual_ids = torch.tensor(list(visual_ids), dtype=torch.long)
-        self.pad = (
-            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        )
-        self._strings = self._takes_strings()
         self._between, self._before_answer = self._glue()
-
-    def _template(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
-        """Messages as the chat template writes them; a text model's get plain strings, one without a template lines."""
-        if self._strings:
-            joined = ["".join(part["text"] for part in message["content"]) for message in messages]
-            if self.tokenizer.chat_template is None:
-                return "\n".join([*joined, *[""] * prompt])
-            messages = [{**message, "content": text} for message, text in zip(messages, joined, strict=True)]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-
-    def _takes_strings(self) -> bool:
-        """Whether messages have to be strings: in text models whose template knows no parts, or that have none."""
-        if self.processor is not self.tokenizer:
-            return False
-        if self.tokenizer.chat_template is None:
-            return True
-        message = {"role": "user", "content": [{"type": "text", "text": _MARKS[0]}]}
-        try:
-            text: str = self.processor.apply_chat_template([message], tokenize=False)
-        except Exception:  # a template may fail in any way on what it does not expect
-            return True
-        return "'type'" in text or _MARKS[0] not in text
 
     def _glue(self) -> tuple[str, str]:
         """What the chat template writes between an answer and the next question, and before an answer."""
-        user = [{"role": "user", "content": [{"type": "text", "text": mark}]} for mark in _MARKS]
-        answer = {"role": "assistant", "content": [{"type": "text", "text": _MARKS[1]}]}
-        text = self._template([user[0], answer, user[2]], prompt=True)
-        return text.split(_MARKS[1])[1].split(_MARKS[2])[0], text.split(_MARKS[2])[1]
+        user = [{"role": "user", "content": [{"type": "text", "text": mark}]} for mark in MARKS]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": MARKS[1]}]}
+        text = self.template.write([user[0], answer, user[2]], prompt=True)
+        return text.split(MARKS[1])[1].split(MARKS[2])[0], text.split(MARKS[2])[1]
 
     def _context(self, example: Example) -> str:
         content = [
             {"type": "image"} if segment.kind == "image" else {"type": "text", "text": segment.payload}
             for segment in example.segments
         ]
-        text = self._template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": _MARKS[0]}]}], prompt=True
+        text = self.template.write(
+            [{"role": "user", "content": [*content, {"type": "text", "text": MARKS[0]}]}], prompt=True
         )
-        return text.split(_MARKS[0])[0]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text.split(MARKS[0])[0]
 
     def decode(self, tokens: list[int]) -> str:
         """What the model said, special tokens left out."""
@@ -104,10 +75,10 @@ class Renderer:
     def turns(self, example: Example) -> Turns:
         """Token ids of every turn; later questions begin with what follows an answer in the chat template."""
         questions = [
-            self._ids((self._between if i else "") + turn.question + self._before_answer)
+            self.template.ids((self._between if i else "") + turn.question + self._before_answer)
             for i, turn in enumerate(example.turns)
         ]
-        return Turns(questions, [self._ids(turn.answer) for turn in example.turns])
+        return Turns(questions, [self.template.ids(turn.answer) for turn in example.turns])
 
     def _encode(self, text: list[str], examples: list[Example], *, first: bool) -> dict[str, Tensor]:
         """What the processor makes of prompts with the images of these examples; `first` begins a sequence."""
@@ -115,11 +86,8 @@ class Renderer:
         images = [e.images for e in examples]
         if any(images):
             kwargs["images"] = images
-        special = first and self._adds_special(text[0])
+        special = first and self.template.adds_special(text[0])
         return dict(self.processor(add_special_tokens=special, padding_side="left", **kwargs))
-
-    def _adds_special(self, text: str) -> bool:
-        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def render(self, examples: list[Example]) -> Rendered:
         """Contexts as the processor encodes them, with turns and evidence positions, and the second prompts."""
@@ -157,10 +125,10 @@ class Renderer:
         """Tokens whose characters overlap a stretch of a text segment; images may take any number of tokens."""
         if not getattr(self.tokenizer, "is_fast", False):
             return None
-        told = self._context(marked(example, ref, _MARKS[1:]))
-        start, end = told.index(_MARKS[1]), told.index(_MARKS[2]) - len(_MARKS[1])
+        told = self._context(marked(example, ref, MARKS[1:]))
+        start, end = told.index(MARKS[1]), told.index(MARKS[2]) - len(MARKS[1])
         encoded = self.tokenizer(
-            text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True, return_tensors="pt"
+            text, add_special_tokens=self.template.adds_special(text), return_offsets_mapping=True, return_tensors="pt"
         )
         words = ~torch.isin(encoded["input_ids"][0], self.visual_ids)
         offsets, places = encoded["offset_mapping"][0][words], torch.nonzero(~visual).flatten()
@@ -180,4 +148,4 @@ class Renderer:
             more.append(ids)
             labels.append(marks)
         inputs = appended(rendered.inputs, more, self.pad)
-        return Batch(inputs, left_pad(labels, IGNORE), [e.id for e in examples])
+        return Batch(inputs, left_pad(labels, IGNORE), [e.id for e in examples], torch.tensor(rendered.lengths))

@@ -146,7 +146,10 @@ def _base_of(source: str, revision: str | None) -> str | None:
         found = cached_file(source, "adapter_config.json", **given)
     except OSError:
         return None
-    return None if found is None else json.loads(Path(found).read_text())["base_model_name_or_path"]
+    if found is None:
+        return None
+    base: str = json.loads(Path(found).read_text())["base_model_name_or_path"]
+    return str(embedded.path()) if base == EMBEDDED else base
 
 
 def _quantized(kind: str, dtype: torch.dtype) -> Any:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retention.losses import IGNORE
 from retention.ops.attention import augmented_gated_attention, blocked_gated_attention
 from retention.ops.logits import softcap_of
 from retention.types import LossTerms
@@ -25,7 +26,26 @@ class Step:
     """Share of the run that lies behind."""
     budget: Float[Tensor, " batch"] | None = None
     """Entries per head that this step trains for, where the objective draws them."""
+    context: Int[Tensor, " batch"] | None = None
+    """Tokens of each row before its first question, where the data says so."""
+    multiplier: float | None = None
+    """Weight of the constraint now, where the objective has one that the trainer keeps up to date."""
+    foreseen: list[Float[Tensor, "batch kv_heads tokens"]] = field(default_factory=list)
+    """`log_beta` of all layers before the student runs, where the objective foresees; without gradients."""
+    decided: dict[int, Any] = field(default_factory=dict)
+    """What an objective decided of a layer, the same when its forward is computed again."""
     drawn: dict[int, Float[Tensor, "..."]] = field(default_factory=dict)
+
+    def before_questions(self, valid: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
+        """Tokens of each row before its first question, or as far as is known: before its first label.
+
+        Of rows that are scored from their very start, all tokens.
+        """
+        if self.context is not None:
+            return self.context
+        unscored = (self.labels != IGNORE).cumsum(1) == 0
+        before = (unscored & valid).sum(1)
+        return torch.where(before > 0, before, valid.sum(1))
 
     def uniform(self, layer: int, shape: torch.Size) -> Float[Tensor, "..."]:
         """Random numbers in [0, 1) of a layer, the same ones when its forward is computed again."""
@@ -111,6 +131,27 @@ class Objective(ABC):
     """Score that gates start from; null leaves it to the gate's half-life."""
     teacher: ClassVar[bool] = True
     """Whether the loss compares with the full cache, which costs a second forward."""
+    ranked_as: ClassVar[str | None] = None
+    """The objective whose policies rank by its gates, where it is another one."""
+    goes_on: ClassVar[bool] = False
+    """Whether it is meant for gates that are trained already."""
+
+    @property
+    def foresees(self) -> bool:
+        """Whether `attend` needs the gates of all layers at once, so that they are read in a forward before."""
+        return False
+
+    def first_multiplier(self) -> float | None:
+        """Where the weight of a constraint starts that the trainer keeps up to date; None for fixed weights."""
+        return None
+
+    def next_multiplier(self, multiplier: float, excess: float) -> float:
+        """The weight after a step whose figure `excess` says how far the constraint was missed."""
+        raise NotImplementedError
+
+    def budget_lengths(self, lengths: Int[Tensor, " batch"], context: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """The lengths that budgets are fractions of: whole rows, or what comes before their first question."""
+        return lengths
 
     def draw_budget(self, lengths: Int[Tensor, " batch"], generator: torch.Generator) -> Float[Tensor, " batch"] | None:
         """The step's budget in entries per head of rows of these lengths, drawn before its forwards; None for none."""

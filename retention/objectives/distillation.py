@@ -1,4 +1,4 @@
-"""Distillation under a budget: forward KL to the full cache, next token, capacity hinge."""
+"""Distillation under a budget: forward KL to the full cache, next token, capacity hinge of fixed or learned weight."""
 
 import logging
 import math
@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retention.budget import Budget
-from retention.losses import capacity_loss, distillation_terms
+from retention.losses import capacity_loss, distillation_terms, relative_excess
 from retention.objectives.base import Collected, Objective
 from retention.ops.capacity import expected_size, sample_queries
 from retention.types import LossTerms, require
 
 log = logging.getLogger(__name__)
 NORMS, REDUCTIONS = ("exact", "public", "budget", "paper"), ("mean", "active_mean")
+CONSTRAINTS = ("hinge", "lagrangian")
 BIASED = (
     "objective.capacity_reduction=active_mean is biased where queries are sampled, which they always are; more of them "
     "(objective.queries) bias it less"
@@ -28,7 +29,9 @@ class Distillation(Objective):
     """`loss = kl_weight * KL + ntp_weight * NTP + capacity_weight * capacity` (arXiv 2512.03324, 2605.09649).
 
     Weights of the public code (it averages the two base losses); the paper writes a plain sum, 1 / 1 / 1. The
-    capacity is evaluated at sampled query positions, unbiased for the mean over all.
+    capacity is evaluated at sampled query positions, unbiased for the mean over all. With `constraint: lagrangian` the
+    weight of the capacity is a multiplier that meets the budget, raised while the expected cache size (its mean over
+    layers and heads, in either scope) lies above the budget and lowered while it lies below (a reconstruction).
     """
 
     name: ClassVar[str] = "distillation"
@@ -40,7 +43,11 @@ class Distillation(Objective):
     ntp_weight: float = 0.5
     """Weight of the next-token cross-entropy."""
     capacity_weight: float = 1.0
-    """Weight of the capacity hinge; 0 only as an ablation."""
+    """Weight of the capacity hinge, where a multiplier starts; a fixed 0 only as an ablation."""
+    constraint: str = "hinge"
+    """hinge (the capacity's weight is fixed) or lagrangian (it follows how far the budget is missed)."""
+    lagrangian_rate: float = 0.05
+    """What a step adds to the multiplier for each budget of excess, at most one."""
     scope: str = "global"
     """global (one pool, DBTrimKV) or local (every head, TRIM-KV)."""
     capacity_norm: str = "exact"
@@ -73,6 +80,12 @@ class Distillation(Objective):
                 self.capacity_reduction,
             ),
             (self.queries >= 1, "objective.queries of at least 1", self.queries),
+            (
+                self.constraint in CONSTRAINTS,
+                f"objective.constraint {' or '.join(CONSTRAINTS)}",
+                self.constraint,
+            ),
+            (self.lagrangian_rate > 0, "objective.lagrangian_rate above 0", self.lagrangian_rate),
         )
         require(checks)
         if self.capacity_reduction == "active_mean":
@@ -92,6 +105,18 @@ class Distillation(Objective):
         scale = lengths.float() if self.limits()[0].unit == "fraction" else torch.ones_like(lengths, dtype=torch.float)
         return (amount * scale).clamp(min=1.0)
 
+    def first_multiplier(self) -> float | None:
+        """The hand-set weight, where there is a multiplier at all."""
+        return self.capacity_weight if self.constraint == "lagrangian" else None
+
+    def next_multiplier(self, multiplier: float, excess: float) -> float:
+        """Dual ascent: `max(0, multiplier + rate * min(1, excess))`, with the signed excess in budgets.
+
+        It is at least -1 by itself. Without a bound above, the first steps, where nothing is forgotten yet, would wind
+        the multiplier up further than a run can unwind it (a reconstruction).
+        """
+        return max(0.0, multiplier + self.lagrangian_rate * min(1.0, excess))
+
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
         """The three terms; logged beside them: retained mass and its budget, entries per head."""
         lengths, step = collected.valid.sum(1), collected.step
@@ -105,19 +130,26 @@ class Distillation(Objective):
         kl, ntp = distillation_terms(collected.student, collected.teacher, step.labels, collected.head)
         form = {"scope": self.scope, "norm": self.capacity_norm, "reduction": self.capacity_reduction}
         capacity = capacity_loss(sizes, queries, budget, **form)
-        weights = {"kl": self.kl_weight, "ntp": self.ntp_weight, "capacity": self.capacity_weight}
+        pull = self.capacity_weight if step.multiplier is None else step.multiplier
+        weights = {"kl": self.kl_weight, "ntp": self.ntp_weight, "capacity": pull}
         terms = LossTerms({"kl": kl, "ntp": ntp, "capacity": capacity}, weights)
-        return terms, {"retained": sizes[..., -1].mean().detach(), "budget": budget.mean()}
+        figures = {"retained": sizes[..., -1].mean().detach(), "budget": budget.mean()}
+        if self.constraint == "lagrangian":
+            figures["excess"] = relative_excess(sizes, queries, budget)
+        return terms, figures
 
     def describe(self) -> dict[str, object]:
         """Budget, weights and scope."""
+        how = {} if self.constraint == "hinge" else {"lagrangian_rate": self.lagrangian_rate}
         weights = {"kl": self.kl_weight, "ntp": self.ntp_weight, "capacity": self.capacity_weight}
         return {
-            "objective": self.name,
+            "objective": self.ranked_as or self.name,
             "score_kind": self.score_kind,
             "budget": self.budget,
             "loss_weights": weights,
             "scope": self.scope,
             "capacity_norm": self.capacity_norm,
             "reduction": f"{self.capacity_reduction} over sampled queries",
+            "constraint": self.constraint,
+            **how,
         }

@@ -56,6 +56,13 @@ def read_on(model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered) 
 
 
 @torch.no_grad()
+def feed(model: "PreTrainedModel", cache: EvictingCache, rows: list[list[int]], *, pad: int = 0) -> None:
+    """Run rows of token ids into the cache, left-padded, on top of its budget."""
+    with cache.hold():
+        _forward(model, cache, _text(rows, pad))
+
+
+@torch.no_grad()
 def answer_turns(
     model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered, *, pad: int = 0
 ) -> list[list[list[int]]]:

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 
 
@@ -22,4 +23,12 @@ def symbol(prediction: str, answer: str) -> float:
     return float(bool(words) and words[0].strip(".,:;!") == norm(answer))
 
 
-SCORERS: dict[str, Callable[[str, str], float]] = {"exact": exact, "symbol": symbol}
+def overlap(prediction: str, answer: str) -> float:
+    """Words in common, as F1 of the prediction and as much of the answer as it is long."""
+    said = norm(prediction).split()
+    wanted = norm(answer).split()[: max(1, len(said))]
+    common = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * common / (len(said) + len(wanted)) if common else 0.0
+
+
+SCORERS: dict[str, Callable[[str, str], float]] = {"exact": exact, "overlap": overlap, "symbol": symbol}

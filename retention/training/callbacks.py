@@ -23,12 +23,20 @@ def _record(trainer: L.Trainer, figures: dict[str, float]) -> None:
 class HardEvictionValidation(L.Callback):
     """Every `every` steps: accuracy under hard eviction; the gates of the best step are kept for export.
 
-    It runs before the checkpoint of the same step is written, so a resumed run chooses the same gates.
+    So is the student's adapter, where there is one. It runs before the checkpoint of the same step is written, so a
+    resumed run chooses the same. `further` gives figures that are logged beside and choose nothing.
     """
 
-    def __init__(self, measure: Callable[[], tuple[list[Row], Calibration]], every: int, steps: int) -> None:
-        self.measure, self.every, self.steps = measure, every, steps
+    def __init__(
+        self,
+        measure: Callable[[], tuple[list[Row], Calibration]],
+        every: int,
+        steps: int,
+        further: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        self.measure, self.every, self.steps, self.further = measure, every, steps, further
         self.best: dict[str, Tensor] = {}
+        self.best_student: dict[str, Tensor] = {}
         self.best_rows: list[Row] = []
         self.best_curve: dict[str, Any] | None = None
         self.best_step, self.best_accuracy = 0, -1.0
@@ -42,21 +50,26 @@ class HardEvictionValidation(L.Callback):
         chosen = [row["accuracy"] for row in rows if row["scope"] == "global" and row["budget"] != "full"]
         accuracy = sum(chosen) / len(chosen)
         figures = {f"val/{row['scope']}_{row['budget']}": row["accuracy"] for row in rows}
+        figures |= {} if self.further is None else self.further()
         _record(trainer, {**figures, "val/hard_accuracy": accuracy})
         module.log("val", accuracy, prog_bar=True, logger=False)
         if accuracy >= self.best_accuracy:
             self.best = {k: v.detach().clone() for k, v in module.gates.state_dict().items()}
+            student = getattr(module, "student", None)  # a memory's trainer has none
+            state = {} if student is None else student.state_dict()
+            self.best_student = {k: v.detach().clone() for k, v in state.items()}
             self.best_rows, self.best_step, self.best_accuracy = rows, step, accuracy
             self.best_curve = asdict(curve)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to choose the same gates after a resume."""
         found = {"rows": self.best_rows, "step": self.best_step, "accuracy": self.best_accuracy}
-        return {"best": self.best, "curve": self.best_curve, **found}
+        return {"best": self.best, "student": self.best_student, "curve": self.best_curve, **found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the choice so far."""
         self.best, self.best_rows, self.best_curve = state["best"], state["rows"], state.get("curve")
+        self.best_student = state.get("student", {})
         self.best_step, self.best_accuracy = state["step"], state["accuracy"]
 
 

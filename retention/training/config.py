@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from retention.budget import Budget
+from retention.data.encode import LOSSES
+from retention.data.source import SourceConfig
 from retention.gates import GateConfig
 from retention.gates.dbtrim import DBTrim
 from retention.memory import MemoryConfig, NoMemory
@@ -12,6 +14,7 @@ from retention.objectives.distillation import Distillation
 from retention.policies import POLICIES
 from retention.tasks import Task
 from retention.tasks.needles import Needles
+from retention.types import require
 
 LOGGERS = ("wandb", "csv")
 
@@ -30,11 +33,51 @@ class DataConfig:
     """Validation contexts for hard eviction."""
     num_workers: int = 0
     """Processes that render batches."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Data sets to train on instead of the task, which then only validates; none trains on the task."""
+    loss_on: str = "answers"
+    """What of a source's rows is learned: answers (of the assistant) or all (every token of text)."""
+    max_length: int | None = None
+    """Most tokens of a row; longer ones are bad rows."""
+    truncate: bool = False
+    """Whether text beyond max_length is cut off instead."""
+    max_tokens: int | None = None
+    """Most tokens of a batch: its rows times the longest, padding among them."""
+    max_images: int | None = None
+    """Most images of a batch, and of a row."""
+    video_frames: int = 8
+    """Most frames of a video; they are read as images."""
+    image_tokens: int = 256
+    """What an image is guessed to take when rows of like length are put together; budgets hold whatever it takes."""
+    bucket: int = 16
+    """Among how many batches rows of like length are put together; 1 keeps them as drawn."""
+    on_bad: str = "skip"
+    """skip bad rows (missing image, empty text, too long), counted and logged, or refuse them and stop."""
+    held_out: float = 0.0
+    """Share of each source's rows that is kept from training and validates in place of the task; 0 for none."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "val_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected data.{name} of at least 1, got {getattr(self, name)}")
+        for name in ("batch_size", "val_examples", "max_length", "max_tokens", "max_images", "video_frames", "bucket"):
+            value = getattr(self, name)
+            require([(value is None or value >= 1, f"data.{name} of at least 1", value)])
+        streamed = any(source.streaming for source in self.sources)
+        require(
+            [
+                (self.loss_on in LOSSES, f"data.loss_on {' or '.join(LOSSES)}", self.loss_on),
+                (self.on_bad in ("skip", "refuse"), "data.on_bad skip or refuse", self.on_bad),
+                (0 <= self.held_out < 1, "data.held_out of at least 0 and below 1", self.held_out),
+                (
+                    not self.held_out or (bool(self.sources) and not streamed),
+                    "data.held_out with data.sources, none of them streaming",
+                    self.held_out,
+                ),
+                (
+                    len({source.weight is None for source in self.sources}) < 2,
+                    "a weight in every one of data.sources or in none",
+                    [source.weight for source in self.sources],
+                ),
+            ]
+        )
 
 
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
@@ -64,6 +107,14 @@ class TrainerConfig:
     """Processes on each node; with several, data.batch_size is that of each."""
     num_nodes: int = 1
     """Nodes of a cluster."""
+    lora_rank: int = 0
+    """Rank of LoRA layers that the student gets beside the gates (needs peft); 0 for none."""
+    lora_alpha: float = 16.0
+    """What the student's LoRA adds is scaled by this over its rank."""
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Linear layers of the decoder, by the ends of their names, that get LoRA."""
+    lora_lr: float = 1e-4
+    """Peak learning rate of LoRA, which has its own group."""
     recompute_activations: bool = False
     """Hold only each layer's input and run it again in the backward: a third more time, memory for long contexts."""
     val_every: int = 200
@@ -81,6 +132,11 @@ class TrainerConfig:
             raise ValueError(f"expected trainer.strategy among {', '.join(STRATEGIES)}, got {self.strategy!r}")
         if not self.lr > 0 or not self.offset_lr > 0:
             raise ValueError(f"expected learning rates above 0, got lr {self.lr} and offset_lr {self.offset_lr}")
+        if self.lora_rank < 0 or not self.lora_alpha > 0 or not self.lora_lr > 0 or not self.lora_targets:
+            raise ValueError(
+                "expected trainer.lora_rank of 0 or more, lora_alpha and lora_lr above 0 and some lora_targets, got "
+                f"{self.lora_rank}, {self.lora_alpha}, {self.lora_lr} and {self.lora_targets}"
+            )
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"expected trainer.schedule linear or cosine, got {self.schedule!r}")
 
@@ -121,6 +177,8 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     memory: MemoryConfig = field(default_factory=NoMemory)
     memory_training: MemoryTraining = field(default_factory=MemoryTraining)
+    init_gates: str | None = None
+    """Artefact of trained gates to go on from, of the architecture that `gate` says; null for new ones."""
     logger: str = "wandb"
     """wandb (offline unless logged in, CSV beside it) or csv."""
     seed: int = 0
@@ -142,6 +200,16 @@ class TrainConfig:
             raise ValueError(
                 f"gate.budget_conditioned needs an objective that draws budgets, got {self.objective.name}; use "
                 "objective=distillation, or leave it out"
+            )
+        if self.trainer.lora_rank and not self.objective.teacher:
+            raise ValueError(
+                f"trainer.lora_rank needs an objective that compares with the full cache, got {self.objective.name}; use "
+                "objective=distillation, or leave it out"
+            )
+        if self.memory.name != "none" and (self.trainer.lora_rank or self.init_gates):
+            raise ValueError(
+                "a memory is trained on frozen gates alone, got trainer.lora_rank or init_gates beside it; leave them out "
+                "(its gates are memory_training.gates)"
             )
         if self.logger not in LOGGERS:
             raise ValueError(f"expected logger among {', '.join(LOGGERS)}, got {self.logger!r}")

@@ -1,30 +1,43 @@
 """Training batches in an order that depends on seed and step only, so that a resumed run sees the same ones."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
+from retention.data.loader import MixtureLoader
 from retention.data.render import Rendered, Renderer
 from retention.tasks import Task
 from retention.training.config import DataConfig
+from retention.training.own_data import OwnData
 from retention.types import Batch
 
 
 class BatchDataset(Dataset[Batch]):
     """Batch i of a task: drawn and rendered when asked for."""
 
-    def __init__(self, task: Task, renderer: Renderer, config: DataConfig, style: str, steps: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        renderer: Renderer,
+        config: DataConfig,
+        style: str,
+        steps: int,
+        ranks: int = 1,
+        rank: int = 0,
+    ) -> None:
         self.task, self.renderer, self.config, self.style, self.steps = task, renderer, config, style, steps
+        self.ranks, self.rank = ranks, rank
 
     def __len__(self) -> int:
         """Batches in the run."""
         return self.steps
 
     def __getitem__(self, index: int) -> Batch:
-        """Contexts `index * batch_size` onwards of the training split."""
-        first = index * self.config.batch_size
+        """Contexts `index * batch_size` onwards of the training split; several processes deal them out in turn."""
+        first = (index * self.ranks + self.rank) * self.config.batch_size
         return self.renderer.training_batch(
             [
                 self.task.example(self.config.seed, "train", first + i, style=self.style, n_turns=self.config.n_turns)
@@ -60,19 +73,40 @@ class ResumableLoader:
 
 
 class GateData(L.LightningDataModule):
-    """Training batches, and the fixed validation contexts for hard eviction."""
+    """Training batches of a task or of own data, and the fixed validation contexts for hard eviction."""
 
     def __init__(self, task: Task, renderer: Renderer, config: DataConfig, style: str, steps: int) -> None:
         super().__init__()
         self.task, self.renderer, self.config, self.style, self.steps = task, renderer, config, style, steps
+        self.own = OwnData(config, renderer) if config.sources else None
+        self.loader: MixtureLoader | None = None
+
+    @property
+    def bad_rows(self) -> dict[str, int]:
+        """Rows of own data that were left out so far, by reason."""
+        return {} if self.loader is None else dict(self.loader.bad)
+
+    def record(self) -> dict[str, Any]:
+        """What the artefact says of own data: its sources, and how many rows were left out and why."""
+        if self.own is None:
+            return {}
+        sources = [asdict(source) for source in self.config.sources]
+        return {"data": {"sources": sources, "loss_on": self.config.loss_on, "bad_rows": self.bad_rows}}
 
     def train_dataloader(self) -> Any:
         """One pass over exactly the run's steps."""
-        dataset = BatchDataset(self.task, self.renderer, self.config, self.style, self.steps)
+        trainer = self.trainer
+        ranks, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        if self.own is not None:
+            self.loader = self.own.loader(self.steps, ranks, rank)
+            return self.loader
+        dataset = BatchDataset(self.task, self.renderer, self.config, self.style, self.steps, ranks, rank)
         return ResumableLoader(dataset, self.config.num_workers)
 
     def validation_contexts(self) -> Rendered:
-        """Contexts of the validation split, with the task's own number of turns."""
+        """Contexts of the task's validation split, with its own number of turns; or held-out rows of own data."""
+        if self.own is not None and self.config.held_out:
+            return self.renderer.render(self.own.questions())
         return self.renderer.render(
             [self.task.example(self.config.seed, "val", i, style=self.style) for i in range(self.config.val_examples)]
         )

@@ -41,8 +41,8 @@ def settle(config: "TrainConfig") -> "TrainConfig":
         config = replace(config, resume=own) if config.resume else replace(config, output_dir=own)
     several = config.trainer.devices > 1 or config.trainer.num_nodes > 1
     if several and config.model.device == "auto" and torch.cuda.is_available():
-        own = int(os.environ.get("LOCAL_RANK", 0))
-        config = replace(config, model=replace(config.model, device=f"cuda:{own}"))
+        number = os.environ.get("LOCAL_RANK", "0")
+        config = replace(config, model=replace(config.model, device=f"cuda:{number}"))
     return config
 
 

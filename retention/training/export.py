@@ -36,7 +36,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, which: str = "best") ->
     gates = RetentionGates(gate_from_dict(card["gate"]), shape, card["base"])
     if card.get("memory"):
         gates.memory = RetentionMemory(memory_from_dict(card["memory"]), shape)
-    last = {name.removeprefix("gates."): value for name, value in state["state_dict"].items()}
+    last = {k.removeprefix("gates."): v for k, v in state["state_dict"].items() if k.startswith("gates.")}
     gates.load_state_dict(validation["best"] if which == "best" else last)
     chosen = chosen_record(validation) if which == "best" else {"chosen_step": state["global_step"]}
     gates.training_record = card["training"] | chosen

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +12,16 @@ import torch
 from torch import Tensor
 
 from retention.attach.facts import valid_tokens
-from retention.attach.hidden import entrance, final_hidden
+from retention.attach.hidden import Entrance, entrance, final_hidden
 from retention.attach.recompute import recomputing
 from retention.attach.soft import attach_gates
 from retention.gates import RetentionGates
 from retention.models.family import head_of
 from retention.objectives import Objective
-from retention.objectives.base import Collected, Step
+from retention.objectives.base import Attended, Collected, GatedCall, Step
 from retention.training.config import TrainerConfig
+from retention.training.devices import across_ranks
+from retention.training.student import Student
 from retention.types import Batch
 
 if TYPE_CHECKING:
@@ -32,26 +36,27 @@ def collect(
     step: Step,
     *,
     recompute: bool = False,
+    student: Student | None = None,
 ) -> Collected:
     """What an objective's loss is made of: a teacher forward where it has one, then a forward with gates.
 
-    Images are encoded once for both. With `recompute` layers are run again in the backward instead of kept.
+    Images are encoded once for both. With `recompute` layers are run again in the backward instead of kept. The teacher
+    runs without the `student`'s adapter.
     """
-    start, teacher = entrance(model, inputs), None
-    if objective.teacher:
-        with torch.no_grad():
-            teacher = final_hidden(model, start)
+    start = entrance(model, inputs)
     batch, tokens = step.labels.shape
-    lengths = valid_tokens(inputs.get("attention_mask"), batch, tokens, step.labels.device).sum(1)
+    valid = valid_tokens(inputs.get("attention_mask"), batch, tokens, step.labels.device)
+    lengths = objective.budget_lengths(valid.sum(1), step.before_questions(valid))
     step.budget = objective.draw_budget(lengths, step.generator)
+    teacher = _before_the_student(model, gates, objective, start, step, nullcontext if student is None else student.off)
     attend = partial(objective.attend, step=step)
     with attach_gates(model, gates, attend, budget=step.budget) as record, recomputing(model, active=recompute):
-        student = final_hidden(model, start)
+        hidden = final_hidden(model, start)
     assert record.positions is not None
     assert record.valid is not None
     return Collected(
         teacher,
-        student,
+        hidden,
         record.stacked("score"),
         record.stacked(),
         record.positions,
@@ -62,16 +67,56 @@ def collect(
     )
 
 
+@torch.no_grad()
+def _before_the_student(
+    model: "PreTrainedModel",
+    gates: RetentionGates,
+    objective: Objective,
+    start: Entrance,
+    step: Step,
+    frozen: Callable[[], AbstractContextManager[object]],
+) -> Tensor | None:
+    """The teacher's hidden states, and where the objective foresees, what the gates say in a forward without effect.
+
+    One forward serves both unless an adapter tells student from teacher, or there is no teacher.
+    """
+    hidden = None
+    if objective.foresees:
+        with attach_gates(model, gates, _untouched, budget=step.budget) as record:
+            hidden = final_hidden(model, start)
+        step.foreseen = record.stacked()
+    if not objective.teacher:
+        return None
+    if hidden is not None and frozen is nullcontext:
+        return hidden
+    with frozen():
+        return final_hidden(model, start)
+
+
+def _untouched(call: GatedCall) -> Attended:
+    """Attention as the model does it."""
+    return None, None
+
+
 class GateTrainer(L.LightningModule):
-    """Trains the gates of a frozen model; its state holds the gates and nothing of the model."""
+    """Trains the gates of a frozen model; its state holds the gates, an adapter if any, and nothing of the model."""
 
     def __init__(
-        self, model: "PreTrainedModel", gates: RetentionGates, objective: Objective, config: TrainerConfig, *, seed: int
+        self,
+        model: "PreTrainedModel",
+        gates: RetentionGates,
+        objective: Objective,
+        config: TrainerConfig,
+        *,
+        seed: int,
+        student: Student | None = None,
     ) -> None:
         super().__init__()
         self.frozen = (model,)
         self.gates = gates
+        self.student = student
         self.objective = objective
+        self.multiplier = objective.first_multiplier()
         self.config = config
         self.seed = seed
         self.last_log_beta: list[Tensor] = []
@@ -90,30 +135,43 @@ class GateTrainer(L.LightningModule):
         inputs = {k: v.to(self.model.device) for k, v in batch.inputs.items()}
         done = self.global_step / self.config.max_steps
         step = Step(batch.labels.to(self.model.device), self.step_generator(self.global_step), done)
-        again = self.config.recompute_activations
-        collected = collect(self.model, self.gates, self.objective, inputs, step, recompute=again)
+        step.context = None if batch.context is None else batch.context.to(self.model.device)
+        step.multiplier = self.multiplier
+        how: dict[str, Any] = {"recompute": self.config.recompute_activations, "student": self.student}
+        collected = collect(self.model, self.gates, self.objective, inputs, step, **how)
         self.last_log_beta = collected.log_beta
         terms, figures = self.objective.loss(collected)
+        terms = across_ranks(terms)
         loss = terms.loss()
         logged = {f"loss/{name}": value.detach() for name, value in terms.means().items()}
+        if self.multiplier is not None:
+            logged["loss/multiplier"] = torch.tensor(self.multiplier)
+            excess = self.trainer.strategy.reduce(figures["excess"], reduce_op="mean")  # one multiplier for all ranks
+            self.multiplier = self.objective.next_multiplier(self.multiplier, float(excess))
         self.log_dict({"loss": loss.detach(), **logged, **figures}, prog_bar=True, batch_size=len(batch.ids))
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything an export needs besides the tensors, so that it needs no base."""
+        """The multiplier, and everything an export needs besides the tensors, so that it needs no base."""
         checkpoint["gate_card"] = json.dumps(self.gates.card_config())
+        checkpoint["multiplier"] = self.multiplier
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the multiplier as it was."""
+        self.multiplier = checkpoint.get("multiplier", self.multiplier)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with offsets and growths in a group of their own; warm-up, then linear or cosine to 0."""
+        """AdamW, groups of their own for offsets and growths and for an adapter; warm-up, then linear or cosine to 0."""
         c, own = self.config, ("offset", "growth")
         offsets = [p for name, p in self.gates.named_parameters() if name.endswith(own)]
         others = [p for name, p in self.gates.named_parameters() if not name.endswith(own)]
-        optimiser = torch.optim.AdamW(
-            [
-                {"params": others, "lr": c.lr, "weight_decay": c.weight_decay},
-                {"params": offsets, "lr": c.offset_lr, "weight_decay": 0.0},
-            ]
-        )
+        groups = [
+            {"params": others, "lr": c.lr, "weight_decay": c.weight_decay},
+            {"params": offsets, "lr": c.offset_lr, "weight_decay": 0.0},
+        ]
+        if self.student is not None:
+            groups.append({"params": list(self.student.parameters()), "lr": c.lora_lr, "weight_decay": 0.0})
+        optimiser = torch.optim.AdamW(groups)
 
         def scale(step: int) -> float:
             if step < c.warmup_steps:

@@ -22,10 +22,13 @@ from retention.training.config import TrainConfig
 from retention.training.datamodule import GateData
 from retention.training.devices import rank, settle
 from retention.training.export import chosen_record
+from retention.training.gap import gap_of
+from retention.training.initial import trained_gates
 from retention.training.loggers import Tracking
 from retention.training.memory import MemoryTrainer
 from retention.training.module import GateTrainer
 from retention.training.resume import claim, newest_checkpoint, settings
+from retention.training.student import Student, adapter_record
 from retention.training.validation import hard_eviction_accuracy
 from retention.training.watch import Finite, Preemption, Watch
 
@@ -61,7 +64,8 @@ def run(config: TrainConfig) -> Path:
     renderer = Renderer(processor, family_of(model).visual_ids(model.config))
     module: GateTrainer | MemoryTrainer
     if gates.memory is None:
-        module = GateTrainer(model, gates, config.objective, config.trainer, seed=config.seed)
+        student = Student(model, config.trainer, seed=config.seed) if config.trainer.lora_rank else None
+        module = GateTrainer(model, gates, config.objective, config.trainer, seed=config.seed, student=student)
     else:
         module = MemoryTrainer(model, gates, config.memory_training, config.trainer, seed=config.seed)
     data = GateData(config.task, renderer, config.data, config.model.prompt_style, config.trainer.max_steps)
@@ -71,6 +75,7 @@ def run(config: TrainConfig) -> Path:
         lambda: hard_eviction_accuracy(model, gates, contexts, config.trainer.val_budgets, renderer),
         config.trainer.val_every,
         config.trainer.max_steps,
+        gap_of(module, contexts, renderer),
     )
     trainer = _trainer(config, folder, tracking, best)
     with warnings.catch_warnings():
@@ -83,8 +88,11 @@ def run(config: TrainConfig) -> Path:
         )
     if rank() > 0:
         return artefact
+    if isinstance(module, GateTrainer) and module.student is not None:
+        module.student.load_state_dict(best.best_student)
+        module.student.export(folder / "adapter")
     gates.load_state_dict(best.best)
-    gates.training_record |= chosen_record(best.state_dict())
+    gates.training_record |= chosen_record(best.state_dict()) | data.record()
     gates.save_pretrained(artefact)
     tracking.finish(best.best_rows, artefact)
     _point_latest(folder)
@@ -92,7 +100,11 @@ def run(config: TrainConfig) -> Path:
 
 
 def _fresh(config: TrainConfig, model: "PreTrainedModel") -> RetentionGates:
-    """New gates for the model."""
+    """New gates for the model, or trained ones to go on from."""
+    if config.init_gates is not None:
+        return trained_gates(config, model, _record(config))
+    if config.objective.goes_on:
+        log.warning("objective=%s is meant for trained gates; name some with init_gates", config.objective.name)
     gates = RetentionGates.for_model(config.gate, model)
     gates.training_record = _record(config)
     if config.objective.initial_score is not None:
@@ -162,6 +174,7 @@ def _record(config: TrainConfig) -> dict[str, Any]:
         "data_seed": config.data.seed,
         "steps": config.trainer.max_steps,
         "protected": {"sink_size": 0, "recent_size": 0},
+        **({} if config.trainer.lora_rank == 0 else {"adapter": adapter_record(config.trainer)}),
     }
 
 

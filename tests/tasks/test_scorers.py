@@ -2,7 +2,7 @@
 
 import pytest
 
-from retention.tasks.scorers import SCORERS, exact, norm, symbol
+from retention.tasks.scorers import SCORERS, exact, norm, overlap, symbol
 
 
 @pytest.mark.parametrize(
@@ -56,5 +56,19 @@ def test_symbol_reads_the_first_word(prediction, answer, score):
 
 
 def test_scorers_are_named():
-    assert set(SCORERS) == {"exact", "symbol"}
-    assert (SCORERS["exact"], SCORERS["symbol"]) == (exact, symbol)
+    assert {"exact": exact, "overlap": overlap, "symbol": symbol} == SCORERS
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("a red cat", "A red cat.", 1.0),
+        ("a red", "a red cat on a mat", 1.0),  # cut off at the most new tokens
+        ("a dog", "a cat", 0.5),
+        ("the dog is big", "a cat", 0.0),
+        ("", "a cat", 0.0),
+        ("a a a a", "a", 0.4),
+    ],
+)
+def test_overlap_counts_common_words(prediction, answer, score):
+    assert overlap(prediction, answer) == pytest.approx(score)

@@ -1,0 +1,124 @@
+"""Images and videos of a row: where they lie, and how they are opened."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class BadRow(Exception):  # noqa: N818  # it tells of data, and nobody but the loader sees it
+    """A row that cannot be trained on: a reason of few words, counted, and what exactly was found."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> Any:
+        return BadRow, (self.reason, self.detail)
+
+
+def located(payload: Any, folder: Path | None) -> Any:
+    """An image or video as it can be opened later: an existing path, or what holds the pixels itself.
+
+    Args:
+        payload: a path, a `data:` URL, a PIL image, an array, {"bytes", "path"}, or a list of these (frames).
+        folder: where relative paths start.
+
+    Raises:
+        BadRow: for a file that is not there, an address on the web, or nothing at all.
+    """
+    if isinstance(payload, dict):
+        if payload.get("bytes") is not None:
+            return payload["bytes"]
+        payload = payload.get("path") or payload.get("url")
+    if isinstance(payload, list | tuple):
+        if not payload:
+            raise BadRow("missing image", "no frames")
+        return [located(frame, folder) for frame in payload]
+    if payload is None or (isinstance(payload, str) and not payload):
+        raise BadRow("missing image", "nothing is given")
+    if not isinstance(payload, str | Path):
+        return payload
+    text = str(payload)
+    if text.startswith("data:"):
+        try:
+            return base64.b64decode(text.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise BadRow("unreadable image", str(error)) from error
+    if text.startswith(("http://", "https://")):
+        raise BadRow("missing image", f"{text} lies on the web and is not fetched")
+    path = Path(text.removeprefix("file://"))
+    if folder is not None and not path.is_absolute():
+        path = folder / path
+    if not path.exists():
+        raise BadRow("missing image", str(path))
+    return path
+
+
+def opened(payload: Any) -> Image.Image:
+    """A located image, decoded, in RGB.
+
+    Raises:
+        BadRow: where it cannot be decoded.
+    """
+    try:
+        if isinstance(payload, Image.Image):
+            return payload.convert("RGB")
+        if isinstance(payload, np.ndarray):
+            return Image.fromarray(payload).convert("RGB")
+        return Image.open(BytesIO(payload) if isinstance(payload, bytes) else payload).convert("RGB")
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadRow("unreadable image", str(error)) from error
+
+
+def frames(payload: Any, count: int) -> list[Image.Image]:
+    """At most `count` frames of a located video, evenly spaced, as images.
+
+    Args:
+        payload: frames as a list or one array [frames, height, width, 3], a folder of images, or a file.
+        count: most frames.
+
+    Raises:
+        BadRow: where it cannot be decoded.
+        ValueError: where decoding needs a package that is not there.
+    """
+    if isinstance(payload, Path) and payload.is_dir():
+        payload = sorted(file for file in payload.iterdir() if file.suffix.lower() in PICTURES)
+        if not payload:
+            raise BadRow("unreadable video", "a folder without images")
+    if isinstance(payload, list | np.ndarray):
+        return [opened(payload[i]) for i in _spaced(payload, count)]
+    if isinstance(payload, bytes) or payload.suffix.lower() in PICTURES:
+        try:
+            with Image.open(BytesIO(payload) if isinstance(payload, bytes) else payload) as file:
+                every = [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadRow("unreadable video", str(error)) from error
+        return [every[i] for i in _spaced(every, count)]
+    return [Image.fromarray(frame) for frame in _decoded(payload, count)]
+
+
+def _decoded(path: Path, count: int) -> Any:
+    """Frames of a film file, by PyAV."""
+    try:
+        av = import_module("av")
+    except ImportError as error:
+        raise ValueError(f"reading the video {path} needs the package av; pip install av") from error
+    try:
+        with av.open(str(path)) as file:
+            every = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    except (OSError, ValueError, IndexError) as error:
+        raise BadRow("unreadable video", str(error)) from error
+    return [every[i] for i in _spaced(every, count)]
+
+
+def _spaced(every: Sequence[Any] | np.ndarray, count: int) -> list[int]:
+    return np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int).tolist()
