@@ -21,10 +21,10 @@ class HardEviction(Distillation):
     """Distillation where the student attends to what a cache would have kept (a reconstruction, all of it).
 
     Survivors of a real eviction do not decay, which gates that were trained by decay alone have never met. Each row is
-    evicted where its first question begins (data that does not say so: at its first label; rows scored from their start:
-    never), down to the budget, in one pool (scope=global) or head by head. `ste_output`: attention to what is kept in the forward, the gradient of
-    attention by decay in the backward, so that evicted tokens get one too. `soft_mask`: a key weighs
-    `sigmoid((log_alpha - cut) / temperature)` of its last eviction in both.
+    evicted where its first question begins (data that does not say so: at its first label; rows scored from their
+    start: never), down to the budget, in one pool (scope=global) or head by head. `ste_output`: attention to what is
+    kept in the forward, the gradient of attention by decay in the backward, so that evicted tokens get one too.
+    `soft_mask`: a key weighs `sigmoid((log_alpha - cut) / temperature)` of its last eviction in both.
 
     The simulated eviction is that of `db_trim_kv` and `trim_kv`, with one exception: with `evict_every` and
     scope=global, evictions after the first rank by the gates' outputs in a forward without any.
