@@ -1,4 +1,4 @@
-"""A simulated run of evictions, differentiable: which keys leave when, and attention that sees it.
+"""A simulated run of evictions, differentiable: which keys leave when, and with what weights attention sees it.
 
 Every key has one decision that counts: the eviction it leaves by, or the last one it survives. `kept` is that decision,
 `since` the position of the first query behind it, `cut` the score that would just have stayed.
@@ -6,7 +6,6 @@ Sources: arXiv 2512.03324 (what is kept); the relaxation is a reconstruction, of
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,9 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retention.ops import select
-from retention.ops.attention import _in_blocks, _seen
-from retention.ops.decay import age
-from retention.ops.logits import capped
 
 NEVER = 2**62
 """Position of the first query behind a decision that is never made."""
@@ -88,50 +84,3 @@ def soft_weights(
     ages = (since - positions[:, None]).masked_fill(free, 0)
     margin = ages * log_beta.float() - cut.masked_fill(free, 0.0)
     return F.logsigmoid(margin / temperature).masked_fill(free, 0.0)
-
-
-def naive_evicted_attention(
-    q: Float[Tensor, "batch heads queries head_dim"],
-    k: Float[Tensor, "batch kv_heads tokens head_dim"],
-    v: Float[Tensor, "batch kv_heads tokens value_dim"],
-    log_keep: Float[Tensor, "batch kv_heads tokens"],
-    since: Int[Tensor, "batch kv_heads tokens"],
-    *,
-    scaling: float,
-    positions: Int[Tensor, "batch tokens"],
-    valid: Bool[Tensor, "batch tokens"] | None = None,
-    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None,
-    first: int = 0,
-) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Attention with `log_keep` of a key added to its logits for queries from position `since` of the key on.
-
-    `allowed` and `first` as for gated attention. Rows of padded queries are undefined.
-    """
-    groups, rows = q.shape[1] // k.shape[1], slice(first, first + q.shape[2])
-    ahead = age(positions[:, None, rows].expand(-1, k.shape[1], -1), since) >= 0
-    bias = torch.where(ahead, log_keep[:, :, None], 0.0).repeat_interleave(groups, 1)
-    k, v = (x.repeat_interleave(groups, 1).float() for x in (k, v))
-    logits = capped(scaling * q.float() @ k.transpose(-1, -2), scaling) + bias
-    weights = logits.masked_fill(~_seen(k.shape[2], rows, valid, allowed, q.device), float("-inf")).softmax(-1)
-    return (weights @ v).to(q.dtype)
-
-
-def evicted_attention(
-    q: Float[Tensor, "batch heads tokens head_dim"],
-    k: Float[Tensor, "batch kv_heads tokens head_dim"],
-    v: Float[Tensor, "batch kv_heads tokens value_dim"],
-    log_keep: Float[Tensor, "batch kv_heads tokens"],
-    since: Int[Tensor, "batch kv_heads tokens"],
-    *,
-    scaling: float,
-    positions: Int[Tensor, "batch tokens"],
-    valid: Bool[Tensor, "batch tokens"] | None = None,
-    allowed: Bool[Tensor, "batch 1 tokens tokens"] | None = None,
-) -> Float[Tensor, "batch heads tokens value_dim"]:
-    """The same in blocks of queries, computed again in the backward: no tokens x tokens map is kept."""
-
-    def block(rows: Tensor, first: int) -> Tensor:
-        more: dict[str, Any] = {"positions": positions, "valid": valid, "allowed": allowed, "first": first}
-        return naive_evicted_attention(rows, k, v, log_keep, since, scaling=scaling, **more)
-
-    return _in_blocks(block, q)
