@@ -146,8 +146,8 @@ class Objective(ABC):
         return None
 
     def next_multiplier(self, multiplier: float, excess: float) -> float:
-        """The weight after a step whose figure `excess` says how far the constraint was missed."""
-        raise NotImplementedError
+        """The weight after a step whose figure `excess` says how far the constraint was missed; a fixed one stays."""
+        return multiplier
 
     def budget_lengths(self, lengths: Int[Tensor, " batch"], context: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """The lengths that budgets are fractions of: whole rows, or what comes before their first question."""
