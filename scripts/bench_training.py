@@ -183,7 +183,34 @@ def attention(plan: Plan) -> list[Row]:
     return rows
 
 
-def page(plan: Plan, step_rows: list[Row], attention_rows: list[Row]) -> str:
+def packing(plan: Plan, model: Any) -> Row:
+    """A step on four rows of unlike lengths, padded to the longest and as documents of one row."""
+    gates, longest = rt.RetentionGates.for_model(DBTrim(init_half_life=1000.0), model), plan.lengths[0]
+    lengths = [longest * (i + 1) // 4 for i in range(4)]
+    valid = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    ids = torch.randint(1, plan.decoder["vocab_size"], valid.shape, generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": (ids * valid).to(plan.device), "attention_mask": valid.long().to(plan.device)}
+    labels = inputs["input_ids"].clone()
+    labels[:, :-ANSWER] = -100
+
+    def step(apart: bool) -> Tensor:
+        objective, known = Distillation(budget="128"), Step(labels, torch.Generator().manual_seed(0))
+        return objective.loss(collect(model, gates, objective, inputs, known, packing=apart))[0].loss()
+
+    found: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(plan.rounds + 1):
+        for apart, times in found.items():
+            gates.zero_grad(set_to_none=True)
+            spent, _ = measured(plan, lambda a=apart: step(a))  # type: ignore[misc]
+            times += [spent] if number else []
+    ratio = statistics.median(a / b for a, b in zip(found[True], found[False], strict=True))
+    padded = 1 - sum(lengths) / valid.numel()
+    row = {"lengths": lengths, "padding": padded, "packed_over_padded": ratio}
+    print(row, flush=True)
+    return row
+
+
+def page(plan: Plan, step_rows: list[Row], attention_rows: list[Row], packed: Row) -> str:
     """The page, with targets met and missed."""
     machine = {**package_versions(), **hardware()}
     lines = [
@@ -209,6 +236,11 @@ def page(plan: Plan, step_rows: list[Row], attention_rows: list[Row]) -> str:
     for row in attention_rows:
         ratio = row["gated_over_plain_attention"]
         lines.append(f"| {row['length']:,} | {row['plain_s']:.3f} | {row['gated_s']:.3f} | {ratio:.2f} |")
+    lines += [
+        "",
+        f"Four rows of {', '.join(f'{n:,}' for n in packed['lengths'])} tokens ({packed['padding']:.0%} of the padded batch is "
+        f"padding): a step with `data.packing=true` takes {packed['packed_over_padded']:.2f} times the padded one.",
+    ]
     lines += ["", *verdicts(step_rows, attention_rows), "", "Machine:", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in machine.items()), ""])
 
@@ -245,10 +277,10 @@ def main() -> None:
             dict(SMALL) | {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}, lengths=(128, 256), rounds=2
         )
     model = model_of(plan)
-    step_rows, attention_rows = steps(plan, model), attention(plan)
+    step_rows, attention_rows, packed = steps(plan, model), attention(plan), packing(plan, model)
     if options.json:
-        write_json(options.json, {"steps": step_rows, "attention": attention_rows})
-    text = page(plan, step_rows, attention_rows)
+        write_json(options.json, {"steps": step_rows, "attention": attention_rows, "packing": packed})
+    text = page(plan, step_rows, attention_rows, packed)
     if options.quick:
         print(text)
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from retention.models.family import Family
 from retention.models.patches import GRIDS, patch_places
+from retention.ops.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Facts:
     padded: bool
     """Whether any of them is padding."""
     find_places: Callable[[], Int[Tensor, "batch tokens 4"] | None]
+    documents: Documents | None = None
+    """Where the decoder gets the rows as documents of one; everything here is told per row all the same."""
 
     @property
     def positions(self) -> Int[Tensor, "batch tokens"]:
@@ -40,6 +43,8 @@ class Caught:
     ids: Int[Tensor, "batch tokens"] | None = None
     mask: Tensor | None = None
     given: dict[str, Any] | None = None
+    documents: Documents | None = None
+    """Where the decoder will get the rows as documents of one."""
 
 
 class TokenFacts:
@@ -57,10 +62,13 @@ class TokenFacts:
 
     def of(self, kwargs: dict[str, Any]) -> Facts:
         """Facts of the tokens that the decoder gets with these arguments; what was caught serves once."""
-        inputs = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        caught, self.caught, (batch, tokens), device = self.caught, Caught(), inputs.shape[:2], inputs.device
+        batch, tokens, device = shape_of(kwargs)
+        caught, self.caught = self.caught, Caught()
         mask, ids = kwargs.get("attention_mask"), caught.ids
-        if not isinstance(mask, Tensor) or mask.dim() != 2:  # built already, by a model that sees more than its decoder
+        if caught.documents is not None:
+            mask, (batch, tokens) = caught.documents.valid, caught.documents.valid.shape
+        elif not isinstance(mask, Tensor) or mask.dim() != 2:
+            # built already, by a model that sees more than its decoder
             mask = caught.mask if mask is not None else None
         valid = valid_tokens(mask, batch, tokens, device)
         if ids is None or ids.shape != (batch, tokens):
@@ -71,7 +79,14 @@ class TokenFacts:
             found = None if ids is None else patch_places(self.family, self.config, ids, caught.given or {})
             return None if found is None else found.to(device)
 
-        return Facts(valid, visual, mask is not None and not bool(valid.all()), places)
+        return Facts(valid, visual, mask is not None and not bool(valid.all()), places, caught.documents)
+
+
+def shape_of(arguments: dict[str, Any]) -> tuple[int, int, torch.device]:
+    """Rows, tokens and device of what a decoder gets."""
+    embedded = arguments.get("inputs_embeds")
+    inputs: Tensor = arguments["input_ids"] if embedded is None else embedded
+    return inputs.shape[0], inputs.shape[1], inputs.device
 
 
 def valid_tokens(mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "batch tokens"]:

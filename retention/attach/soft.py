@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from retention.attach.facts import Facts
 from retention.attach.hooks import attached
+from retention.attach.packed import in_each
 from retention.attach.plain import logit_scaling, output_weight, plain_attention
 from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.objectives.base import Attended, GatedCall, decayed
 from retention.ops.decay import log_beta_from_score
+from retention.ops.documents import Documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,12 +39,15 @@ class GateRecord:
     """Whether attention is more than causal, so that the mask the model made has to be read."""
     noted: dict[int, Tensor] = field(default_factory=dict)
     """What `attend` noted, by layer."""
+    documents: Documents | None = None
+    """Where the decoder gets the rows as documents of one; what is recorded is told per row all the same."""
 
     def begin(self, facts: Facts) -> None:
         """Forget the forward before; these are the next one's tokens."""
         for kept in (self.score, self.log_beta, self.noted):
             kept.clear()
         self.valid, self.padded, self.positions, self.visual = facts.valid, facts.padded, facts.positions, facts.visual
+        self.documents = facts.documents
 
     def stacked(self, what: str = "log_beta") -> list[Tensor]:
         """`log_beta`, `score` or `noted` of all layers, in order."""
@@ -62,13 +67,17 @@ def gated_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' interface; layers without a gate run as the model does."""
-    out = None
+    out, documents = None, None
     if retention_gate is not None:
-        scale = logit_scaling(query, scaling, kwargs.get("softcap"))
-        out = _attended(module, query, key, value, attention_mask, scale, *retention_gate)
-    if out is None:
-        return plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return out.transpose(1, 2).contiguous(), None
+        scale, documents = logit_scaling(query, scaling, kwargs.get("softcap")), retention_gate[2].documents
+        q, k, v = (x if documents is None else documents.rows(x) for x in (query, key, value))
+        out = _attended(module, q, k, v, attention_mask, scale, *retention_gate)
+    if out is not None:
+        out = out.transpose(1, 2).contiguous()
+        return out if documents is None else documents.packed(out), None
+    if documents is not None:
+        return in_each(module, query, key, value, None, scaling, dropout, documents=documents, **kwargs)
+    return plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
 def _attended(
@@ -118,7 +127,8 @@ def attach_gates(
 ) -> Iterator[GateRecord]:
     """Run forwards of `model` with gated attention, by decay unless told otherwise; on exit the model is as before.
 
-    Gradients reach the gates only. Use without a cache (`use_cache=False`), one document per row. Conditioned gates
+    Gradients reach the gates only. Use without a cache (`use_cache=False`), one document per row (`hidden.packed` lays rows
+    end to end in the decoder alone). Conditioned gates
     read `budget`, entries per head of each row.
 
     Raises:
@@ -129,6 +139,8 @@ def attach_gates(
 
     def before_layer(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         number, hidden = gates.shape.layers.index(layer), kwargs["hidden_states"]
+        if record.documents is not None:
+            hidden = record.documents.padded(hidden)
         score = gates.score(number, hidden, visual=record.visual, valid=record.valid, budget=budget)
         record.score[number], record.log_beta[number] = score, log_beta_from_score(score)
         return {"retention_gate": (number, hidden, record)}

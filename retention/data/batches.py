@@ -27,14 +27,17 @@ class Limits:
 
     rows: int
     tokens: int | None = None
-    """Rows times the tokens of the longest, padding among them."""
+    """Rows times the tokens of the longest, padding among them; of packed rows the tokens they have."""
     images: int | None = None
+    packed: bool = False
+    """Whether the decoder gets the rows without padding. What is told beside it is padded, to twice the tokens at most."""
 
     def hold(self, sizes: Sequence[tuple[int, int]]) -> bool:
         """Whether rows of these tokens and images are within the budgets; a single row always is."""
         if len(sizes) <= 1:
             return True
-        tokens, images = max(t for t, _ in sizes) * len(sizes), sum(i for _, i in sizes)
+        padded, own, images = max(t for t, _ in sizes) * len(sizes), sum(t for t, _ in sizes), sum(i for _, i in sizes)
+        tokens = max(own, padded / 2) if self.packed else padded
         return (
             len(sizes) <= self.rows
             and (self.tokens is None or tokens <= self.tokens)

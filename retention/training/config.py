@@ -42,7 +42,9 @@ class DataConfig:
     truncate: bool = False
     """Whether text beyond max_length is cut off instead."""
     max_tokens: int | None = None
-    """Most tokens of a batch: its rows times the longest, padding among them."""
+    """Most tokens of a batch: its rows times the longest, padding among them; with packing the tokens that rows have."""
+    packing: bool = False
+    """Whether the decoder gets a batch's rows as documents of one, without padding, isolated from each other."""
     max_images: int | None = None
     """Most images of a batch, and of a row."""
     video_frames: int = 8
@@ -211,5 +213,7 @@ class TrainConfig:
                 "a memory is trained on frozen gates alone, got trainer.lora_rank or init_gates beside it; leave them out "
                 "(its gates are memory_training.gates)"
             )
+        if self.memory.name != "none" and self.data.packing:
+            raise ValueError("expected data.packing=false where a memory is trained, got true; leave it out")
         if self.logger not in LOGGERS:
             raise ValueError(f"expected logger among {', '.join(LOGGERS)}, got {self.logger!r}")

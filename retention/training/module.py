@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retention.attach.facts import valid_tokens
-from retention.attach.hidden import Entrance, entrance, final_hidden
+from retention.attach.hidden import Entrance, entrance, final_hidden, packed
 from retention.attach.recompute import recomputing
 from retention.attach.soft import attach_gates
 from retention.gates import RetentionGates
@@ -36,14 +36,17 @@ def collect(
     step: Step,
     *,
     recompute: bool = False,
+    packing: bool = False,
     student: Student | None = None,
 ) -> Collected:
     """What an objective's loss is made of: a teacher forward where it has one, then a forward with gates.
 
-    Images are encoded once for both. With `recompute` layers are run again in the backward instead of kept. The teacher
-    runs without the `student`'s adapter.
+    Images are encoded once for both. With `recompute` layers are run again in the backward instead of kept, with
+    `packing` the decoder gets the rows as documents of one. The teacher runs without the `student`'s adapter.
     """
     start = entrance(model, inputs)
+    if packing:
+        start = packed(model, start)
     batch, tokens = step.labels.shape
     valid = valid_tokens(inputs.get("attention_mask"), batch, tokens, step.labels.device)
     lengths = objective.budget_lengths(valid.sum(1), step.before_questions(valid))
@@ -109,6 +112,7 @@ class GateTrainer(L.LightningModule):
         config: TrainerConfig,
         *,
         seed: int,
+        packing: bool = False,
         student: Student | None = None,
     ) -> None:
         super().__init__()
@@ -119,6 +123,7 @@ class GateTrainer(L.LightningModule):
         self.multiplier = objective.first_multiplier()
         self.config = config
         self.seed = seed
+        self.packing = packing
         self.last_log_beta: list[Tensor] = []
 
     @property
@@ -138,7 +143,7 @@ class GateTrainer(L.LightningModule):
         step.context = None if batch.context is None else batch.context.to(self.model.device)
         step.multiplier = self.multiplier
         how: dict[str, Any] = {"recompute": self.config.recompute_activations, "student": self.student}
-        collected = collect(self.model, self.gates, self.objective, inputs, step, **how)
+        collected = collect(self.model, self.gates, self.objective, inputs, step, packing=self.packing, **how)
         self.last_log_beta = collected.log_beta
         terms, figures = self.objective.loss(collected)
         terms = across_ranks(terms)

@@ -37,7 +37,7 @@ class OwnData:
     def loader(self, steps: int, ranks: int, rank: int) -> MixtureLoader:
         """Batches of one of several processes."""
         c = self.config
-        limits = Limits(c.batch_size, c.max_tokens, c.max_images)
+        limits = Limits(c.batch_size, c.max_tokens, c.max_images, c.packing)
         plan = Plan(self.sources, limits, seed=c.seed, bucket=c.bucket, image_tokens=c.image_tokens, ranks=ranks)
         maker, refuse = Maker(self.sources, self.encoder, limits), c.on_bad == "refuse"
         return MixtureLoader(plan, maker, steps=steps, num_workers=c.num_workers, refuse=refuse, rank=rank)

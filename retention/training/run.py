@@ -65,7 +65,8 @@ def run(config: TrainConfig) -> Path:
     module: GateTrainer | MemoryTrainer
     if gates.memory is None:
         student = Student(model, config.trainer, seed=config.seed) if config.trainer.lora_rank else None
-        module = GateTrainer(model, gates, config.objective, config.trainer, seed=config.seed, student=student)
+        own: dict[str, Any] = {"seed": config.seed, "packing": config.data.packing, "student": student}
+        module = GateTrainer(model, gates, config.objective, config.trainer, **own)
     else:
         module = MemoryTrainer(model, gates, config.memory_training, config.trainer, seed=config.seed)
     data = GateData(config.task, renderer, config.data, config.model.prompt_style, config.trainer.max_steps)

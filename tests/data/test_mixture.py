@@ -76,6 +76,10 @@ def test_what_cannot_be_dealt_out_is_left():
     assert len(planned(slots[:3], Limits(4), 4, np.random.default_rng(0))) == 0
     assert runs([], Limits(4)) == []
     assert runs([(9, 0), (1, 0), (1, 0)], Limits(4, tokens=3)) == [slice(0, 1), slice(1, 3)]
+    lengths = [(4, 0), (2, 0), (2, 0), (1, 0), (1, 0)]
+    assert runs(lengths, Limits(9, tokens=8)) == [slice(0, 2), slice(2, 5)]
+    assert runs(lengths, Limits(9, tokens=8, packed=True)) == [slice(0, 3), slice(3, 5)]
+    assert runs([(8, 0), (1, 0), (1, 0)], Limits(9, tokens=10, packed=True)) == [slice(0, 2), slice(2, 3)]
 
 
 def rows(tmp_path, count=40, bad=(), name="x.jsonl", long=1):

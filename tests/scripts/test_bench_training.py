@@ -19,11 +19,13 @@ def test_the_floor_is_the_step_without_gates():
 
 def test_rows_and_page():
     model = bench.model_of(TINY)
-    rows, alone = bench.steps(TINY, model), bench.attention(TINY)
+    rows, alone, packed = bench.steps(TINY, model), bench.attention(TINY), bench.packing(TINY, model)
     assert [(row["length"], row["recompute"]) for row in rows] == [(96, False), (96, True), (192, False), (192, True)]
     plain, again = rows[2], rows[3]
     assert again["step_bytes"] < plain["step_bytes"] / 3
-    text = bench.page(TINY, rows, alone)
+    assert packed["lengths"] == [24, 48, 72, 96]
+    text = bench.page(TINY, rows, alone, packed)
+    assert "38% of the padded batch is padding" in text
     assert all(f"| {length:,} |" in text for length in TINY.lengths)
     assert text.count(", met") + text.count(", missed") == 3
 

@@ -83,9 +83,10 @@ def test_a_run_on_own_data(name, validated, chats, texts, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_ends_with_the_same_gates(workers, chats, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("workers", "packing"), [(0, False), (2, True)])
+def test_a_resumed_run_ends_with_the_same_gates(workers, packing, chats, tmp_path, monkeypatch):
     told = [f"data.sources=[{{path: {chats}}}]", f"data.num_workers={workers}", "trainer.max_steps=6"]
+    told.append(f"data.packing={packing}")
     run(config("qwen3_vl", tmp_path / "whole", *told))
     run_until(4, config("qwen3_vl", tmp_path / "cut", *told), monkeypatch)
     run(config("qwen3_vl", tmp_path / "cut", *told, f"resume={tmp_path / 'cut'}"))
