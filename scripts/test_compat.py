@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = [f"tests/models/test_{name}.py" for name in ("identities", "generic", "load", "family")]
-TESTS += ["tests/data/test_families.py", "tests/cache/test_mrope.py"]
+TESTS += ["tests/data/test_families.py", "tests/data/test_native_video.py", "tests/cache/test_mrope.py"]
 TORCHVISION = {"2.9": "0.24"}
 """Which torchvision belongs to the oldest torch."""
 QUIET = ["ignore:__array_wrap__ must accept context:DeprecationWarning", "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"]  # fmt: skip

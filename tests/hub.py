@@ -58,6 +58,8 @@ class Hub:
     """What stands for an image in a prompt."""
     named: dict[str, str] = field(default_factory=dict)
     """Special tokens that the tokenizer knows by name."""
+    video: str = "<video>"
+    """What stands for a video in a prompt, of processors that take any."""
 
 
 def tokenizer(named: dict[str, str]) -> Any:
@@ -217,7 +219,8 @@ TILED = {"size": SIZE, "crop_to_patches": True, "max_patches": 4}
 PATCHED = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 SCORES = "<|vision_start|><|image_pad|><|vision_end|>"
 FOUR = {"image_seq_len": 4}
-QWEN = ("Qwen2VLImageProcessor", GRIDS), {}, SCORES
+FILM = "<|vision_start|><|video_pad|><|vision_end|>"
+QWEN = ("Qwen2VLImageProcessor", GRIDS), {}, SCORES, {}, FILM
 GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 INTERN = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 HUB: dict[str, Hub] = {
@@ -284,7 +287,8 @@ TEMPLATE = (
     "{%- for message in messages -%}{{ message['role'] + ': ' }}"
     "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ part['text'] }}{%- endif -%}"
+    "{%- if part['type'] == 'image' -%}{{ 'IMAGE' }}{%- elif part['type'] == 'video' -%}{{ 'VIDEO' }}"
+    "{%- else -%}{{ part['text'] }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}{{ '\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
 )
 
@@ -319,4 +323,4 @@ def save(family: str, folder: Path, seed: int = 0) -> None:
     told = json.loads(preprocessor.read_text()) | {"image_processor_type": kind, "processor_class": hub.processor}
     preprocessor.write_text(json.dumps(told))
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": hub.processor, **hub.arguments}))
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", hub.image))
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", hub.image).replace("VIDEO", hub.video))

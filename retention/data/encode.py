@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from retention.data.chat import Chat
 from retention.data.collate import concatenated, left_pad
-from retention.data.media import BadRow, frames, opened
+from retention.data.media import BadRow, Film, film, opened
 from retention.data.render import IGNORE
 from retention.data.spans import Span, token_spans, written
 from retention.data.template import Template
 from retention.types import Batch
 
 LOSSES = ("answers", "all")
+VIDEOS = ("frames", "native")
 
 
 @dataclass
@@ -47,7 +49,11 @@ class Rules:
     max_images: int | None = None
     """Most images of a row, frames of videos among them."""
     video_frames: int = 8
-    """Most frames of a video; they are read as images."""
+    """Most frames of a video."""
+    videos: str = "frames"
+    """frames (a video is read as images) or native (as the processor reads videos)."""
+    video_fps: float = 1.0
+    """Frames per second of videos that do not say it."""
 
 
 class Encoder:
@@ -55,6 +61,11 @@ class Encoder:
 
     def __init__(self, processor: Any, visual_ids: Sequence[int], rules: Rules | None = None) -> None:
         self.template, self.visual, self.rules = Template(processor), list(visual_ids), rules or Rules()
+        if self.rules.videos == "native" and getattr(processor, "video_processor", None) is None:
+            raise ValueError(
+                f"expected a processor that takes videos for data.videos=native, got {type(processor).__name__} without; "
+                "install what it needs (pip install 'retention[video]'), or set data.videos=frames"
+            )
 
     def row(self, chat: Chat) -> Row:
         """A chat's ids, mask, labels and images.
@@ -63,8 +74,8 @@ class Encoder:
             BadRow: for a row without an answer where only answers are learned, with too many tokens or images, with
                 an image that cannot be read, or that the processor refuses.
         """
-        text, images, spans = self._written(chat)
-        inputs = self._processed(text, images)
+        text, images, films, spans = self._written(chat)
+        inputs = self._processed(text, images, films)
         ids = inputs["input_ids"][0]
         learned = torch.zeros(len(ids), dtype=torch.bool)
         if self.rules.loss_on == "all":
@@ -72,7 +83,8 @@ class Encoder:
         else:
             for first, last in token_spans(self.template, text, spans, ids.tolist(), self.visual):
                 learned[first:last] = True
-        row = Row(inputs, torch.where(learned, ids, IGNORE), chat.id, len(images))
+        count = len(images) + sum(len(one.frames) for one in films)
+        row = Row(inputs, torch.where(learned, ids, IGNORE), chat.id, count)
         return self._bounded(row)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
@@ -88,8 +100,8 @@ class Encoder:
         labels = left_pad([row.labels.tolist() for row in rows], IGNORE)
         return Batch(told, labels, [row.id for row in rows])
 
-    def _written(self, chat: Chat) -> tuple[str, list[Any], list[Span]]:
-        """The text of a chat, its images decoded, and the characters of its answers."""
+    def _written(self, chat: Chat) -> tuple[str, list[Any], list[Film], list[Span]]:
+        """The text of a chat, its images and videos decoded, and the characters of its answers."""
         answers = self.rules.loss_on == "answers"
         if answers and not any(message["role"] == "assistant" for message in chat.messages):
             raise BadRow("no answer")
@@ -98,8 +110,10 @@ class Encoder:
         if chat.plain:
             if chat.media:
                 raise BadRow("unknown schema", "images in a text that is no chat")
-            return "".join(part["text"] for part in chat.parts), [], []
-        messages, images = [], []
+            return "".join(part["text"] for part in chat.parts), [], [], []
+        messages: list[dict[str, Any]] = []
+        images: list[Any] = []
+        films: list[Film] = []
         for message in chat.messages:
             content: list[dict[str, Any]] = []
             for part in message["content"]:
@@ -108,28 +122,43 @@ class Encoder:
                     continue
                 if message["role"] == "assistant":
                     raise BadRow("unknown schema", "images in an answer")
-                video = part["type"] == "video"
-                new = frames(part["video"], self.rules.video_frames) if video else [opened(part["image"])]
-                content += [{"type": "image"}] * len(new)
-                images += new
+                if part["type"] == "image":
+                    content.append({"type": "image"})
+                    images.append(opened(part["image"]))
+                    continue
+                shown = film(part["video"], self.rules.video_frames)
+                native = self.rules.videos == "native"
+                content += [{"type": "video"}] if native else [{"type": "image"}] * len(shown.frames)
+                films += [shown] if native else []
+                images += [] if native else shown.frames
             if message["role"] == "assistant":
                 content = [{"type": "text", "text": "".join(part["text"] for part in content)}]
             messages.append({"role": message["role"], "content": content})
-        if self.rules.max_images is not None and len(images) > self.rules.max_images:
-            raise BadRow("too many images", f"{len(images)}, at most {self.rules.max_images}")
+        count = len(images) + sum(len(one.frames) for one in films)
+        if self.rules.max_images is not None and count > self.rules.max_images:
+            raise BadRow("too many images", f"{count}, at most {self.rules.max_images}")
         text, spans = written(self.template, messages)
-        return text, images, spans
+        return text, images, films, spans
 
-    def _processed(self, text: str, images: list[Any]) -> dict[str, Tensor]:
+    def _processed(self, text: str, images: list[Any], films: list[Film]) -> dict[str, Tensor]:
         """What the processor makes of one row; special tokens that begin a sequence once."""
         given: dict[str, Any] = {"text": [text], "padding": True, "padding_side": "left", "return_tensors": "pt"}
         if images:
             given["images"] = [images]
+        if films:
+            given |= {"videos": [[np.stack(one.frames) for one in films]], "do_sample_frames": False}
+            given["video_metadata"] = [[self._told(one) for one in films]]
         try:
             made = self.template.processor(add_special_tokens=self.template.adds_special(text), **given)
         except Exception as error:  # a processor may fail in any way on an image it cannot take
             raise BadRow("refused by the processor", str(error).partition("\n")[0]) from error
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+    def _told(self, one: Film) -> dict[str, Any]:
+        """What a processor may ask about a video."""
+        rate = one.rate or self.rules.video_fps
+        times = {"fps": rate, "duration": one.total / rate}
+        return {"total_num_frames": one.total, "frames_indices": one.places, **times}
 
     def _bounded(self, row: Row) -> Row:
         """The row within its longest length, and with something to learn."""

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from retention.data.chat import Chat
 from retention.data.encode import Encoder
 from retention.data.example import Example, Segment, Turn
-from retention.data.media import BadRow, frames, opened
+from retention.data.media import BadRow, film, opened
 from retention.data.plan import Source
 from retention.data.source import Rows
 
@@ -88,7 +88,7 @@ def as_example(chat: Chat, video_frames: int) -> Example:
             segments.append(Segment("text", part["text"]))
             continue
         video = part["type"] == "video"
-        images = frames(part["video"], video_frames) if video else [opened(part["image"])]
+        images = film(part["video"], video_frames).frames if video else [opened(part["image"])]
         segments += [Segment("image", np.asarray(image)) for image in images]
     turn = Turn(question, answer, scorer="overlap", max_new_tokens=ANSWER_TOKENS)
     return Example(chat.id, segments, [turn], "deferred_turn")

@@ -3,6 +3,7 @@
 import base64
 import binascii
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -79,8 +80,21 @@ def opened(payload: Any) -> Image.Image:
         raise BadRow("unreadable image", str(error)) from error
 
 
-def frames(payload: Any, count: int) -> list[Image.Image]:
-    """At most `count` frames of a located video, evenly spaced, as images.
+@dataclass(frozen=True)
+class Film:
+    """Frames of a video, and where they were taken from it."""
+
+    frames: list[Image.Image]
+    places: list[int]
+    """Number of each frame in the whole video."""
+    total: int
+    """Frames of the whole video."""
+    rate: float | None
+    """Frames per second of the whole video, where it is told."""
+
+
+def film(payload: Any, count: int) -> Film:
+    """At most `count` frames of a located video, evenly spaced.
 
     Args:
         payload: frames as a list or one array [frames, height, width, 3], a folder of images, or a file.
@@ -95,18 +109,20 @@ def frames(payload: Any, count: int) -> list[Image.Image]:
         if not payload:
             raise BadRow("unreadable video", "a folder without images")
     if isinstance(payload, list | np.ndarray):
-        return [opened(payload[i]) for i in _spaced(payload, count)]
+        return _chosen([opened(payload[i]) for i in _spaced(len(payload), count)], len(payload), None)
     if isinstance(payload, bytes) or payload.suffix.lower() in PICTURES:
         try:
             with Image.open(BytesIO(payload) if isinstance(payload, bytes) else payload) as file:
                 every = [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
+                shown = file.info.get("duration")
         except (OSError, ValueError, SyntaxError) as error:
             raise BadRow("unreadable video", str(error)) from error
-        return [every[i] for i in _spaced(every, count)]
-    return [Image.fromarray(frame) for frame in _decoded(payload, count)]
+        kept = [every[i] for i in _spaced(len(every), count)]
+        return _chosen(kept, len(every), 1000 / shown if shown else None)
+    return _decoded(payload, count)
 
 
-def _decoded(path: Path, count: int) -> Any:
+def _decoded(path: Path, count: int) -> Film:
     """Frames of a film file, by PyAV."""
     try:
         av = import_module("av")
@@ -115,10 +131,16 @@ def _decoded(path: Path, count: int) -> Any:
     try:
         with av.open(str(path)) as file:
             every = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+            rate = file.streams.video[0].average_rate
     except (OSError, ValueError, IndexError) as error:
         raise BadRow("unreadable video", str(error)) from error
-    return [every[i] for i in _spaced(every, count)]
+    kept = [Image.fromarray(every[i]) for i in _spaced(len(every), count)]
+    return _chosen(kept, len(every), float(rate) if rate else None)
 
 
-def _spaced(every: Sequence[Any] | np.ndarray, count: int) -> list[int]:
-    return np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int).tolist()
+def _chosen(frames: Sequence[Image.Image], total: int, rate: float | None) -> Film:
+    return Film(list(frames), _spaced(total, len(frames)), total, rate)
+
+
+def _spaced(total: int, count: int) -> list[int]:
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()

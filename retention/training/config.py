@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from retention.budget import Budget
-from retention.data.encode import LOSSES
+from retention.data.encode import LOSSES, VIDEOS
 from retention.data.source import SourceConfig
 from retention.gates import GateConfig
 from retention.gates.dbtrim import DBTrim
@@ -48,7 +48,11 @@ class DataConfig:
     max_images: int | None = None
     """Most images of a batch, and of a row."""
     video_frames: int = 8
-    """Most frames of a video; they are read as images."""
+    """Most frames of a video."""
+    videos: str = "frames"
+    """frames (a video is read as images, by any model) or native (as the model's processor reads videos)."""
+    video_fps: float = 1.0
+    """Frames per second of videos that do not say it (folders and lists of frames)."""
     image_tokens: int = 256
     """What an image is guessed to take when rows of like length are put together; budgets hold whatever it takes."""
     bucket: int = 16
@@ -66,6 +70,8 @@ class DataConfig:
         require(
             [
                 (self.loss_on in LOSSES, f"data.loss_on {' or '.join(LOSSES)}", self.loss_on),
+                (self.videos in VIDEOS, f"data.videos {' or '.join(VIDEOS)}", self.videos),
+                (self.video_fps > 0, "data.video_fps above 0", self.video_fps),
                 (self.on_bad in ("skip", "refuse"), "data.on_bad skip or refuse", self.on_bad),
                 (0 <= self.held_out < 1, "data.held_out of at least 0 and below 1", self.held_out),
                 (

@@ -24,10 +24,16 @@ class OwnData:
             ValueError: for a source that cannot be opened.
         """
         self.config = config
-        rules = Rules(config.loss_on, config.max_length, config.truncate, config.max_images, config.video_frames)
-        if config.max_tokens is not None:  # a row alone may not break the budget of its batch
-            most = min(config.max_tokens, config.max_length or config.max_tokens)
-            rules = Rules(config.loss_on, most, config.truncate, config.max_images, config.video_frames)
+        lengths = [length for length in (config.max_length, config.max_tokens) if length is not None]
+        rules = Rules(
+            config.loss_on,
+            min(lengths, default=None),  # a row alone may not break the budget of its batch
+            config.truncate,
+            config.max_images,
+            config.video_frames,
+            config.videos,
+            config.video_fps,
+        )
         self.encoder = Encoder(renderer.processor, renderer.visual_ids.tolist(), rules)
         self.sources: list[Source] = [_opened(source) for source in config.sources]
         self.held: list[Source] = []

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from retention.data.chat import read_chat
-from retention.data.media import BadRow, frames, located, opened
+from retention.data.media import BadRow, film, located, opened
 from tests.zoo import picture
 
 
@@ -152,14 +152,14 @@ def test_images_are_whatever_holds_pixels(folder):
 
 
 def test_frames_are_evenly_spaced(folder):
-    film = np.stack([picture(8, 8, seed=i) for i in range(7)])
-    assert [np.asarray(x).tolist() for x in frames(film, 3)] == [film[i].tolist() for i in (0, 3, 6)]
-    assert len(frames(list(film), 20)) == 7
-    assert len(frames(located(str(folder), None), 8)) == 2
+    shown = np.stack([picture(8, 8, seed=i) for i in range(7)])
+    assert [np.asarray(x).tolist() for x in film(shown, 3).frames] == [shown[i].tolist() for i in (0, 3, 6)]
+    assert len(film(list(shown), 20).frames) == 7
+    assert len(film(located(str(folder), None), 8).frames) == 2
     assert len(read_chat({"video": ["a.png", "b.png"], "text": "A cat."}, "x", folder=folder).media) == 1
     (folder / "film.mp4").write_bytes(b"no film")
     with pytest.raises((ValueError, BadRow), match=r"pip install av|unreadable video"):
-        frames(folder / "film.mp4", 3)
+        film(folder / "film.mp4", 3)
 
 
 TURNS = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
