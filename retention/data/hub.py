@@ -33,6 +33,26 @@ def open_source(config: SourceConfig) -> Rows | Stream:
     return found
 
 
+def hub_file(config: SourceConfig, name: str) -> Path:
+    """A file of a data set as it lies on the hub, downloaded once; a local folder's own file where `path` is one.
+
+    Raises:
+        ValueError: for a file or data set that is not there, or gated.
+    """
+    folder = Path(config.path)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise ValueError(f"expected the file {name} in {folder}, found none; check the data set's path")
+        return folder / name
+
+    def load() -> str:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(config.path, name, repo_type="dataset", revision=config.revision)
+
+    return Path(_told(config, load))
+
+
 def folder_of(config: SourceConfig) -> Path | None:
     """Where relative paths of a source's images start; None where they are inside the data set."""
     if config.folder is not None:
@@ -104,7 +124,8 @@ def _loaded(config: SourceConfig) -> Any:
 def _opening(config: SourceConfig, load: Callable[..., Any]) -> Any:
     """Call the loader as the kind of source asks for, its errors as one sentence."""
     path = Path(config.path)
-    try:
+
+    def fitting() -> Any:
         if path.suffix in _FILES:
             if not path.is_file():
                 raise FileNotFoundError("found no such file; check data.sources[].path")
@@ -113,6 +134,14 @@ def _opening(config: SourceConfig, load: Callable[..., Any]) -> Any:
         if path.is_dir() and _of_images(path):
             return load("imagefolder", data_dir=str(path), split=config.split)
         return load(config.path, config.name, split=config.split, revision=config.revision)
+
+    return _told(config, fitting)
+
+
+def _told(config: SourceConfig, load: Callable[[], Any]) -> Any:
+    """What a loader brings, its errors as one sentence."""
+    try:
+        return load()
     except Exception as error:  # the loaders of formats raise errors of their own
         told = f"{_line(error)} {error.__cause__ or ''}".lower()
         mend = ""

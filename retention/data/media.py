@@ -127,15 +127,20 @@ def _decoded(path: Path, count: int) -> Film:
     try:
         av = import_module("av")
     except ImportError as error:
-        raise ValueError(f"reading the video {path} needs the package av; pip install av") from error
+        raise ValueError(f"reading the video {path} needs the package av; pip install 'retention[video]'") from error
     try:
         with av.open(str(path)) as file:
-            every = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
             rate = file.streams.video[0].average_rate
+            total = file.streams.video[0].frames or sum(1 for _ in file.decode(video=0))
+        wanted = set(_spaced(total, count))
+        with av.open(str(path)) as file:  # only what is taken is made into pixels
+            shown = (frame for number, frame in enumerate(file.decode(video=0)) if number in wanted)
+            kept = [frame.to_image() for frame in shown]
     except (OSError, ValueError, IndexError) as error:
         raise BadRow("unreadable video", str(error)) from error
-    kept = [Image.fromarray(every[i]) for i in _spaced(len(every), count)]
-    return _chosen(kept, len(every), float(rate) if rate else None)
+    if len(kept) < len(wanted):
+        raise BadRow("unreadable video", f"it ends after {len(kept)} of {len(wanted)} frames that were to be taken")
+    return _chosen(kept, total, float(rate) if rate else None)
 
 
 def _chosen(frames: Sequence[Image.Image], total: int, rate: float | None) -> Film:

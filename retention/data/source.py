@@ -88,7 +88,10 @@ class JsonLines:
 
 
 class JsonFile:
-    """A file with one JSON list of objects, as LLaVA's data sets are."""
+    """A file with one JSON list of objects, as LLaVA's data sets are, or with an object that has one under `data`.
+
+    `head` is what else such an object holds.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -97,6 +100,10 @@ class JsonFile:
             raise ValueError(
                 f"expected a list of JSON objects in {path}, got no JSON; one per line is .jsonl"
             ) from error
+        self.head: Mapping[str, Any] = {}
+        if isinstance(self.rows, dict) and isinstance(self.rows.get("data"), list):
+            self.head = {name: value for name, value in self.rows.items() if name != "data"}
+            self.rows = self.rows["data"]
         if not isinstance(self.rows, list):
             raise ValueError(f"expected a list of JSON objects in {path}, got {type(self.rows).__name__}")
 

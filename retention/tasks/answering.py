@@ -1,5 +1,6 @@
-"""Prefill a context into a cache and answer its turns, greedily, the model's own answers staying in the context."""
+"""Prefill a context into a cache and answer its turns, the model's own answers staying in the context."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from retention.attach.positions import position_ids
 from retention.cache.evicting import EvictingCache
 from retention.data.collate import appended, left_pad
 from retention.data.render import Rendered
+from retention.tasks.sampling import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,37 +68,41 @@ def feed(model: "PreTrainedModel", cache: EvictingCache, rows: list[list[int]], 
 def answer_turns(
     model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered, *, pad: int = 0
 ) -> list[list[list[int]]]:
-    """Token ids answered to every turn of every row.
+    """Token ids answered to every turn of every row,.
 
     Nothing is evicted meanwhile: questions and answers are held on top of the context's budget, for every
-    policy alike.
+    policy alike; unless the examples are about the budget while answering. Turns that are independent are each
+    asked of the cache as it is.
     """
-    n_turns = len(rendered.turns[0].questions)
-    answers: list[list[list[int]]] = [[] for _ in rendered.turns]
-    carried: list[list[int]] = [[] for _ in rendered.turns]
-    with cache.hold():
-        for turn in range(n_turns):
-            rows = [carried[i] + t.questions[turn] for i, t in enumerate(rendered.turns)]
-            logits = _forward(model, cache, _text(rows, pad))
-            limit = max(e.turns[turn].max_new_tokens for e in rendered.examples)
-            produced = _greedy(model, cache, logits, limit, pad)
-            for i, row in enumerate(produced.tolist()):
-                answers[i].append(row)
-                carried[i] = row[-1:] if row[-1] != pad else []
+    examples = rendered.examples
+    n_turns, rule = len(rendered.turns[0].questions), examples[0]
+    answers: list[list[list[int]]] = [[] for _ in examples]
+    carried: list[list[int]] = [[] for _ in examples]
+    sampler = Sampler(examples)
+    for turn in range(n_turns):
+        asked = cache.fork() if rule.independent else cache
+        rows = [carried[i] + t.questions[turn] for i, t in enumerate(rendered.turns)]
+        with nullcontext() if rule.evicts_answers else asked.hold():
+            logits = _forward(model, asked, _text(rows, pad))
+            limit = max(e.turns[turn].max_new_tokens for e in examples)
+            produced = _written(model, asked, logits, limit, pad, sampler)
+        for i, row in enumerate(produced.tolist()):
+            answers[i].append(row)
+            carried[i] = row[-1:] if row[-1] != pad and not rule.independent else []
     return answers
 
 
-def _greedy(
-    model: "PreTrainedModel", cache: EvictingCache, logits: Tensor, limit: int, pad: int
+def _written(
+    model: "PreTrainedModel", cache: EvictingCache, logits: Tensor, limit: int, pad: int, sampler: Sampler
 ) -> Int[Tensor, "batch new"]:
-    """Up to `limit` greedy tokens, padding after a row's end of sequence; the last one is not yet in the cache."""
+    """Up to `limit` tokens, padding after a row's end of sequence; the last one is not yet in the cache."""
     ends = model.generation_config.eos_token_id
     stop = torch.tensor([] if ends is None else ends, dtype=torch.long, device=logits.device).flatten()
-    produced = [logits.argmax(-1)]
+    produced = [sampler(logits)]
     alive = ~torch.isin(produced[-1], stop)
     while len(produced) < limit and alive.any():
         newest = {"input_ids": produced[-1][:, None], "attention_mask": alive.long()[:, None]}
-        token = _forward(model, cache, newest).argmax(-1)
+        token = sampler(_forward(model, cache, newest))
         produced.append(torch.where(alive, token, pad))
         alive = alive & ~torch.isin(token, stop)
     return torch.stack(produced, 1)

@@ -2,6 +2,7 @@
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,14 @@ class Task(ABC):
         self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
     ) -> Example:
         """One context with its turns, worded in the given style; `n_turns` overrides the task's own."""
+
+    def available(self, split: str, wanted: int) -> int:
+        """How many of the wanted examples there are: all of them, where they are made."""
+        return wanted
+
+    def measured(self, measure: Callable[[Example], int]) -> "Task":
+        """The task with lengths in a model's tokens, as `measure` counts them; tasks without a length stay as they are."""
+        return self
 
     def rng(self, seed: int, split: str, index: int) -> np.random.Generator:
         """The randomness of one example: from its seed, task, split and index only."""

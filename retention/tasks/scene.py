@@ -84,7 +84,7 @@ def draw_scene(
     cells = np.zeros((n_images, GRID, GRID), np.int64)
     needles: list[Needle] = []
     for image, own in enumerate(per_image):
-        places = _place(rng, len(own))
+        places = pair_places(rng, len(own))
         for number, (row, column) in zip(own.tolist(), places, strict=True):
             key = int(keys[number])
             digit = int(rng.integers(10)) if digits is None else int(digits[number])
@@ -109,7 +109,7 @@ def enlarged(image: UInt8[np.ndarray, "height width 3"], cell_px: int) -> UInt8[
     return image[source][:, source]
 
 
-def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+def pair_places(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """Non-overlapping (row, column) of `count` horizontal key-digit pairs."""
     for _ in range(PLACEMENT_TRIES):
         free = np.ones((GRID, GRID), bool)
@@ -140,23 +140,23 @@ def _paint(
     """Render cells to RGB: glyphs and digits over darkened background; blank cells get their ground's class."""
     n = len(cells)
     pictures, labels = scans(split)
-    ground, kind = _background(rng, n)
+    ground, kind = background(rng, n)
     ink = np.zeros((n, GRID, GRID, 8, 8, 3), np.float32)
     covered = cells != BLANK
     palette = np.array(list(COLOURS.values()), np.float32)
 
     where = np.nonzero((cells >= DIGIT0) & (cells < KEY0))
     if len(where[0]):
-        digits = _digits(rng, cells[where] - DIGIT0, pictures, labels)
+        digits = digit_tiles(rng, cells[where] - DIGIT0, pictures, labels)
         ink[where] = _jitter(rng, digits) if jitter else digits
     where = np.nonzero((cells >= KEY0) & (cells < DECOY0))
     if len(where[0]):
         colour, letter = np.divmod(cells[where] - KEY0, len(LETTERS))
-        ink[where] = _glyphs(rng, letter, palette[colour])
+        ink[where] = glyph_tiles(rng, letter, palette[colour])
     where = np.nonzero(cells >= DECOY0)
     if len(where[0]):
         colours = palette[rng.integers(3, size=len(where[0]))]
-        ink[where] = _glyphs(rng, len(LETTERS) + cells[where] - DECOY0, colours)
+        ink[where] = glyph_tiles(rng, len(LETTERS) + cells[where] - DECOY0, colours)
 
     ground = np.where(covered[..., None, None, None], ground * 0.35, ground)
     cells[~covered] = np.broadcast_to(GROUND0 + kind[:, None, None], cells.shape)[~covered]
@@ -164,7 +164,7 @@ def _paint(
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _digits(
+def digit_tiles(
     rng: np.random.Generator, wanted: np.ndarray, pictures: np.ndarray, labels: np.ndarray
 ) -> Float[np.ndarray, "n 8 8 3"]:
     """A random scan of each wanted digit, brightness .8 to 1."""
@@ -186,7 +186,7 @@ def _jitter(rng: np.random.Generator, digits: Float[np.ndarray, "n 8 8 3"]) -> F
     return noisy.astype(np.float32)
 
 
-def _glyphs(rng: np.random.Generator, which: np.ndarray, colour: np.ndarray) -> Float[np.ndarray, "n 8 8 3"]:
+def glyph_tiles(rng: np.random.Generator, which: np.ndarray, colour: np.ndarray) -> Float[np.ndarray, "n 8 8 3"]:
     """Coloured glyphs, shifted by 0 or 1 pixel each way, brightness .8 to 1."""
     masks = glyphs()[which].astype(np.float32) / 255
     for axis in (1, 2):
@@ -196,17 +196,17 @@ def _glyphs(rng: np.random.Generator, which: np.ndarray, colour: np.ndarray) -> 
     return (masks[..., None] * colour[:, None, None] * bright).astype(np.float32)
 
 
-def _background(
-    rng: np.random.Generator, n: int
+def background(
+    rng: np.random.Generator, n: int, grid: int = GRID
 ) -> tuple[Float[np.ndarray, "n rows columns 8 8 3"], Int[np.ndarray, " n"]]:
     """A ground per image (coarse texture, near-duplicate tiles or textured noise, in one of six tints) and its class."""
     order = rng.integers(TINTS, size=n)
     levels = np.stack([rng.uniform(0.08, 0.2, n), rng.uniform(0.28, 0.42, n), rng.uniform(0.5, 0.65, n)], -1)
     ranks = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
     tint = np.take_along_axis(levels, ranks[order], -1)[:, None, None, None, None]
-    coarse = rng.random((n, GRID, GRID, 2, 2, 1)).repeat(4, 3).repeat(4, 4)
-    tile = rng.random((n, 1, 1, 8, 8, 1)) * np.ones((1, GRID, GRID, 1, 1, 1))
-    fine = rng.random((n, GRID, GRID, 8, 8, 1))
+    coarse = rng.random((n, grid, grid, 2, 2, 1)).repeat(4, 3).repeat(4, 4)
+    tile = rng.random((n, 1, 1, 8, 8, 1)) * np.ones((1, grid, grid, 1, 1, 1))
+    fine = rng.random((n, grid, grid, 8, 8, 1))
     style = rng.integers(STYLES, size=n)
     mixtures = [0.7 * coarse + 0.3 * fine, 0.9 * tile + 0.1 * fine, 0.4 * coarse + 0.6 * fine]
     texture = np.choose(style[:, None, None, None, None, None], mixtures)

@@ -158,7 +158,7 @@ def test_frames_are_evenly_spaced(folder):
     assert len(film(located(str(folder), None), 8).frames) == 2
     assert len(read_chat({"video": ["a.png", "b.png"], "text": "A cat."}, "x", folder=folder).media) == 1
     (folder / "film.mp4").write_bytes(b"no film")
-    with pytest.raises((ValueError, BadRow), match=r"pip install av|unreadable video"):
+    with pytest.raises(BadRow, match="unreadable video"):
         film(folder / "film.mp4", 3)
 
 

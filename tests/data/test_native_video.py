@@ -1,5 +1,6 @@
 """Videos of own data as a model's own processor reads them; what the file says of their time reaches it."""
 
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from retention.data.chat import read_chat
 from retention.data.encode import Encoder, Rules
-from retention.data.media import film
+from retention.data.media import BadRow, film
 from retention.models import family_of
 from tests import zoo
 
@@ -63,6 +64,29 @@ def test_a_processor_without_videos_is_told():
     name = "llava" if find_spec("torchvision") else "qwen3_vl"
     with pytest.raises(ValueError, match=r"expected a processor that takes videos for data.videos=native, got .*retention\[video\]"):  # fmt: skip
         encoder(name, videos="native")
+
+
+def test_a_film_file_is_decoded_where_frames_are_taken(tmp_path, monkeypatch):
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        for i in range(25):
+            shade = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * i, np.uint8), format="rgb24")
+            file.mux(stream.encode(shade))
+        file.mux(stream.encode())
+    found = film(tmp_path / "a.mp4", 5)
+    assert (found.places, found.total, found.rate) == ([0, 6, 12, 18, 24], 25, 10.0)
+    assert [abs(np.asarray(x).mean() - 10 * i) < 4 for i, x in zip(found.places, found.frames, strict=True)] == [
+        True
+    ] * 5
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:900])
+    with pytest.raises(BadRow, match="unreadable video"):
+        film(tmp_path / "b.mp4", 5)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"needs the package av; pip install 'retention\[video\]'"):
+        film(tmp_path / "a.mp4", 5)
 
 
 def test_a_film_says_where_its_frames_were(tmp_path):

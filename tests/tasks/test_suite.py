@@ -351,5 +351,6 @@ def test_the_second_prompt_is_evicted_too(embedded_model, embedded_processor):
 
 
 def test_tasks_are_registered():
-    assert {type(task) for task in SUITE.values()} | {Needles} == set(TASKS.values())
-    assert all(TASKS[name].name == name and TASKS[name].chance == 0.1 for name in TASKS)
+    assert {type(task) for task in SUITE.values()} | {Needles} <= set(TASKS.values())
+    assert all(TASKS[task.name].chance == 0.1 for task in SUITE.values())
+    assert all(TASKS[name].name == name for name in TASKS)

@@ -1,0 +1,88 @@
+"""MileBench (Song et al., 2024, arXiv:2404.18532): 29 sets with many images among text. Data CC BY-NC 4.0.
+
+`path` is the folder the authors' archives unpack to: `<set>/<set>.json` beside `<set>/images`. Instruction and images in
+their places come first; what stands behind the last image is the question. Prompts that are too long lose what stands
+between instruction and question, from its start on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from retention.data.example import Example, Segment, Turn
+from retention.data.source import JsonFile
+from retention.tasks.benchmarks.base import DatasetTask, Row
+from retention.tasks.benchmarks.schema import check_row
+from retention.tasks.benchmarks.wording import choice_turn, interleaved
+from retention.types import require
+
+PLACE = r"\{((?:image|table)#\d+)\}"
+CONTAINED, SPLIT = ("MMCoQA",), ("TextNeedleInAHaystack", "ImageNeedleInAHaystack")
+
+
+@dataclass
+class MileBench(DatasetTask):
+    """One set, named by `subset`."""
+
+    name: ClassVar[str] = "milebench"
+    schema: ClassVar[dict[str, str]] = {
+        "sample_id": "answer",
+        "task_instruction_id": "integer",
+        "task_instance": "record",
+        "response": "answer",
+        "image_quantity_level": "text?",
+    }
+    instance: ClassVar[dict[str, str]] = {"context": "text", "images_path": "texts", "choice_list": "texts?"}
+    cut: ClassVar[str] = "start"
+    kept: ClassVar[int] = 1
+
+    path: str = "FreedomIntelligence/MileBench"
+    subset: str | None = "TextNeedleInAHaystack"
+    max_new_tokens: int = 128
+    """Longest answer."""
+
+    def open(self) -> JsonFile:
+        """The file of the set in the local folder."""
+        file = Path(self.path) / str(self.subset) / f"{self.subset}.json"
+        if not file.is_file():
+            raise ValueError(
+                f"expected the file {file}, found none; unpack the archives of FreedomIntelligence/MileBench and set "
+                "task.milebench.path to their folder"
+            )
+        found = JsonFile(file)
+        check_row(f"{self.name}.meta_data", found.head.get("meta_data", {}), {"task_instruction": "texts", "question_type": "text"})  # fmt: skip
+        require([(len(found) > 0, f"rows in {file}", 0)])
+        return found
+
+    @property
+    def _folder(self) -> Path | None:
+        return Path(self.folder) if self.folder is not None else Path(self.path) / str(self.subset) / "images"
+
+    def build(self, row: Row, rng: np.random.Generator) -> Example:
+        """Instruction, context with its images, then what follows them with the options."""
+        instance, head = row["task_instance"], self.rows.head["meta_data"]  # type: ignore[attr-defined]  # see open
+        check_row(f"{self.name}.task_instance", instance, self.instance)
+        pictures = list(instance["images_path"])
+        parts = interleaved(instance["context"], PLACE, lambda place: self.picture(pictures[_number(place)]))
+        asked = parts.pop().payload if parts and parts[-1].kind == "text" else ""
+        shown = [Segment("text", f"{head['task_instruction'][row['task_instruction_id']].strip()}\n"), *parts]
+        level = "few" if len(pictures) < 6 else "medium" if len(pictures) <= 31 else "many"
+        turn = self._turn(asked.strip(), instance, row["response"], head["question_type"])
+        return Example("", shown, [turn], "after", {"groups": {"set": self.subset, "images": level}})
+
+    def _turn(self, asked: str, instance: Mapping[str, Any], response: Any, kind: str) -> Turn:
+        if instance.get("choice_list"):
+            return choice_turn(f"\n{asked}", instance["choice_list"], response, new=self.max_new_tokens)
+        scorer = "contains_any" if self.subset in CONTAINED else "rouge_l" if "open" in kind.lower() else "exact"
+        if self.subset in SPLIT:
+            scorer = "token_in_split"
+        answer = [str(item) for item in response] if isinstance(response, list) else str(response)
+        return Turn(f"\n{asked}\nAnswer:", answer, scorer=scorer, max_new_tokens=self.max_new_tokens)
+
+
+def _number(place: str) -> int:
+    """Places count from 1."""
+    return int(place.partition("#")[2]) - 1

@@ -1,0 +1,20 @@
+"""Many questions about the same images, each asked on its own of the same evicted cache: coverage, not luck."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from retention.tasks.keyed import Keyed
+
+
+@dataclass
+class MultiQuery(Keyed):
+    """Keyed needles whose questions see nothing of one another; look at their mean and at the worst of them."""
+
+    name: ClassVar[str] = "multi_query"
+    positions: ClassVar[tuple[str, ...]] = ("after",)
+    independent: ClassVar[bool] = True
+
+    n_needles: int = 32
+    """Key-digit pairs per context, spread over the boards."""
+    n_turns: int = 16
+    """Questions per context."""
