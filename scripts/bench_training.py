@@ -31,7 +31,7 @@ from retention.losses import distillation_terms
 from retention.models.family import head_of
 from retention.objectives.base import Step
 from retention.objectives.distillation import Distillation
-from retention.ops.attention import augmented_gated_attention
+from retention.ops.gated import gated_attention
 from retention.provenance import hardware, package_versions
 from retention.training.module import collect
 
@@ -169,7 +169,7 @@ def attention(plan: Plan) -> list[Row]:
 
         def gated(q: Tensor = q, k: Tensor = k, v: Tensor = v, b: Tensor = log_beta, p: Tensor = positions) -> Tensor:
             scale = q.shape[-1] ** -0.5
-            return augmented_gated_attention(q, k, v, b, scaling=scale, positions=p).float().square().mean()
+            return gated_attention(q, k, v, b, scaling=scale, positions=p).float().square().mean()
 
         found: dict[str, list[float]] = {"plain": [], "gated": []}
         for number in range(plan.rounds + 1):

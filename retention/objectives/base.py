@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retention.losses import IGNORE
-from retention.ops.attention import augmented_gated_attention, blocked_gated_attention
-from retention.ops.logits import softcap_of
-from retention.types import LossTerms
+from retention.ops.gated import gated_attention
+from retention.types import LossTerms, ModelShape
 
 
 @dataclass
@@ -46,6 +45,10 @@ class Step:
         unscored = (self.labels != IGNORE).cumsum(1) == 0
         before = (unscored & valid).sum(1)
         return torch.where(before > 0, before, valid.sum(1))
+
+    def scored(self) -> float:
+        """Positions whose next label is scored."""
+        return float((self.labels[:, 1:] != IGNORE).sum())
 
     def uniform(self, layer: int, shape: torch.Size) -> Float[Tensor, "..."]:
         """Random numbers in [0, 1) of a layer, the same ones when its forward is computed again."""
@@ -96,9 +99,7 @@ def decaying(call: GatedCall, log_beta: Float[Tensor, "batch kv_heads tokens"]) 
     """The layer's attention with these decays; 0 is the frozen model's own."""
     given = call.queries, call.keys, call.values, log_beta
     where: dict[str, Any] = {"scaling": call.scaling, "positions": call.positions, "valid": call.mask}
-    if call.allowed is None and softcap_of(call.scaling) is None:
-        return augmented_gated_attention(*given, **where)
-    return blocked_gated_attention(*given, **where, allowed=call.allowed)
+    return gated_attention(*given, **where, allowed=call.allowed)
 
 
 @dataclass
@@ -156,6 +157,18 @@ class Objective(ABC):
     def draw_budget(self, lengths: Int[Tensor, " batch"], generator: torch.Generator) -> Float[Tensor, " batch"] | None:
         """The step's budget in entries per head of rows of these lengths, drawn before its forwards; None for none."""
         return None
+
+    def begin(self, step: Step, valid: Bool[Tensor, "batch tokens"]) -> None:
+        """Draw what a step draws before its forwards: its budget."""
+        lengths = self.budget_lengths(valid.sum(1), step.before_questions(valid))
+        step.budget = self.draw_budget(lengths, step.generator)
+
+    @abstractmethod
+    def counts(self, step: Step, valid: Bool[Tensor, "batch tokens"], shape: ModelShape) -> dict[str, float]:
+        """What the loss will count in each of its terms, known once the step has begun, before its forwards.
+
+        A step of several batches divides by the counts of all of them, so that it is the step of one large batch.
+        """
 
     def attend(self, call: GatedCall, step: Step) -> Attended:
         """How the gates act on one layer's attention while training."""

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retention.budget import Budget
 from retention.losses import capacity_loss, distillation_terms, relative_excess
-from retention.objectives.base import Collected, Objective
-from retention.ops.capacity import expected_size, sample_queries
-from retention.types import LossTerms, require
+from retention.objectives.base import Collected, Objective, Step
+from retention.ops.capacity import every_query, expected_size, sample_queries
+from retention.types import LossTerms, ModelShape, require
 
 log = logging.getLogger(__name__)
 NORMS, REDUCTIONS = ("exact", "public", "budget", "paper"), ("mean", "active_mean")
 CONSTRAINTS = ("hinge", "lagrangian")
 BIASED = (
-    "objective.capacity_reduction=active_mean is biased where queries are sampled, which they always are; more of them "
-    "(objective.queries) bias it less"
+    "objective.capacity_reduction=active_mean is biased where queries are sampled; more of them (objective.queries) bias "
+    "it less, objective.queries=0 takes all of them"
 )
 
 
@@ -29,7 +29,7 @@ class Distillation(Objective):
     """`loss = kl_weight * KL + ntp_weight * NTP + capacity_weight * capacity` (arXiv 2512.03324, 2605.09649).
 
     Weights of the public code (it averages the two base losses); the paper writes a plain sum, 1 / 1 / 1. The
-    capacity is evaluated at sampled query positions, unbiased for the mean over all. With `constraint: lagrangian` the
+    capacity is evaluated at sampled query positions, unbiased for the mean over all, or at all of them. With `constraint: lagrangian` the
     weight of the capacity is a multiplier that meets the budget, raised while the expected cache size (its mean over
     layers and heads, in either scope) lies above the budget and lowered while it lies below (a reconstruction).
     """
@@ -55,7 +55,7 @@ class Distillation(Objective):
     capacity_reduction: str = "mean"
     """mean (over all queries past the budget) or active_mean (over violations; biased at sampled queries)."""
     queries: int = 41
-    """Query positions at which the capacity is evaluated."""
+    """Query positions at which the capacity is evaluated, drawn at every step; 0 for all of them, the exact capacity."""
 
     def __post_init__(self) -> None:
         low, high = self.limits()
@@ -79,7 +79,7 @@ class Distillation(Objective):
                 f"objective.capacity_reduction {' or '.join(REDUCTIONS)}",
                 self.capacity_reduction,
             ),
-            (self.queries >= 1, "objective.queries of at least 1", self.queries),
+            (self.queries >= 0, "objective.queries of at least 1, or 0 for all", self.queries),
             (
                 self.constraint in CONSTRAINTS,
                 f"objective.constraint {' or '.join(CONSTRAINTS)}",
@@ -88,7 +88,7 @@ class Distillation(Objective):
             (self.lagrangian_rate > 0, "objective.lagrangian_rate above 0", self.lagrangian_rate),
         )
         require(checks)
-        if self.capacity_reduction == "active_mean":
+        if self.capacity_reduction == "active_mean" and self.queries:
             log.warning(BIASED)
 
     def limits(self) -> tuple[Budget, Budget]:
@@ -117,12 +117,20 @@ class Distillation(Objective):
         """
         return max(0.0, multiplier + self.lagrangian_rate * min(1.0, excess))
 
+    def counts(self, step: Step, valid: Bool[Tensor, "batch tokens"], shape: ModelShape) -> dict[str, float]:
+        """Scored labels; sequences longer than their budget."""
+        assert step.budget is not None
+        longer = valid.sum(1) - 1 >= step.budget
+        return {"kl": step.scored(), "ntp": step.scored(), "capacity": float(longer.sum())}
+
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
         """The three terms; logged beside them: retained mass and its budget, entries per head."""
         lengths, step = collected.valid.sum(1), collected.step
         assert step.budget is not None
         budget = step.budget
-        queries = sample_queries(lengths, budget, self.queries, step.generator)
+        queries = every_query(lengths)
+        if self.queries:
+            queries = sample_queries(lengths, budget, self.queries, step.generator)
         sizes = torch.stack(
             [expected_size(beta, collected.positions, queries, collected.valid) for beta in collected.log_beta]
         )
@@ -149,7 +157,7 @@ class Distillation(Objective):
             "loss_weights": weights,
             "scope": self.scope,
             "capacity_norm": self.capacity_norm,
-            "reduction": f"{self.capacity_reduction} over sampled queries",
+            "reduction": f"{self.capacity_reduction} over {'sampled' if self.queries else 'all'} queries",
             "constraint": self.constraint,
             **how,
         }

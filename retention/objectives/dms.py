@@ -4,13 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
 from retention.losses import Pair, distillation_terms
 from retention.objectives.base import Attended, Collected, GatedCall, Objective, Step
-from retention.ops.attention import delayed_attention
-from retention.types import LossTerms, require
+from retention.ops.evicted_attention import delayed_attention
+from retention.types import LossTerms, ModelShape, require
 
 
 @dataclass
@@ -77,6 +78,10 @@ class DMS(Objective):
         ratio = 1 + (self.ratio - 1) * min(1.0, collected.step.done / self.ramp)
         hinge = (1 - 1 / ratio - share).clamp(min=0)
         return (hinge.sum(), hinge.new_tensor(float(len(hinge)))), share.mean().detach()
+
+    def counts(self, step: Step, valid: Bool[Tensor, "batch tokens"], shape: ModelShape) -> dict[str, float]:
+        """Scored labels; sequences."""
+        return {"kl": step.scored(), "ratio": float(len(valid))}
 
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
         """Both terms; logged beside them: the share of closed entries."""

@@ -4,12 +4,13 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from retention.losses import hidden_distance
 from retention.objectives.base import Attended, Collected, GatedCall, Objective, Step, decaying
-from retention.ops.attention import delayed_attention
-from retention.types import LossTerms, require
+from retention.ops.evicted_attention import delayed_attention
+from retention.types import LossTerms, ModelShape, require
 
 
 @dataclass
@@ -58,6 +59,10 @@ class DuoAttention(Objective):
         full = decaying(call, torch.zeros_like(call.log_beta))
         share = call.score.sigmoid().repeat_interleave(call.queries.shape[1] // call.keys.shape[1], 1)[..., None]
         return (share * full + (1 - share) * streaming).to(call.queries.dtype), None
+
+    def counts(self, step: Step, valid: Bool[Tensor, "batch tokens"], shape: ModelShape) -> dict[str, float]:
+        """Scored labels; heads, which are the same in every batch."""
+        return {"distance": step.scored(), "sparsity": float(shape.num_layers * shape.num_kv_heads)}
 
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
         """Both terms; logged beside them: the share of heads that keep everything."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from retention.budget import Budget
 from retention.objectives.base import Attended, GatedCall, Step, decaying
 from retention.objectives.distillation import Distillation
-from retention.ops.attention import evicted_attention
+from retention.ops.evicted_attention import evicted_attention
 from retention.ops.evicted import Fate, fates, hard_weights, soft_weights
 from retention.types import require
 

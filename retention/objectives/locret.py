@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from retention.objectives.base import Collected, GatedCall
+from retention.objectives.base import Collected, GatedCall, Step
 from retention.objectives.regression import Regression
 from retention.ops.received import largest_received
-from retention.types import LossTerms
+from retention.types import LossTerms, ModelShape
 
 
 @dataclass
@@ -43,6 +43,12 @@ class Locret(Regression):
     def error(self, score: Float[Tensor, "*shape"], target: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Squared near the target, absolute away from it."""
         return F.smooth_l1_loss(score, target, reduction="none")
+
+    def counts(self, step: Step, valid: Bool[Tensor, "batch tokens"], shape: ModelShape) -> dict[str, float]:
+        """That of the regression; neighbours in every layer and head."""
+        neighbours = float((valid[:, 1:] & valid[:, :-1]).sum())
+        smooth = {"smoothness": neighbours * shape.num_layers * shape.num_kv_heads}
+        return super().counts(step, valid, shape) | smooth
 
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
         """The regression, and the smoothness of scores along the sequence."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retention.losses import IGNORE
 from retention.objectives.base import Attended, Collected, GatedCall, Objective, Step
-from retention.types import LossTerms
+from retention.types import LossTerms, ModelShape
 
 QUERIES = ("later", "answers")
 
@@ -53,6 +53,12 @@ class Regression(Objective):
     def attend(self, call: GatedCall, step: Step) -> Attended:
         """The model's own attention; its targets are noted, a layer at a time."""
         return None, self.target(call, self.asking(step.labels, call.valid))
+
+    def counts(self, step: Step, valid: Bool[Tensor, "batch tokens"], shape: ModelShape) -> dict[str, float]:
+        """Tokens with an asking query behind them, in every layer and head."""
+        asking = self.asking(step.labels, valid).long()
+        behind = asking.sum(1, keepdim=True) - asking.cumsum(1) > 0
+        return {"regression": float((behind & valid).sum()) * shape.num_layers * shape.num_kv_heads}
 
     def loss(self, collected: Collected) -> tuple[LossTerms, dict[str, Tensor]]:
         """Mean error over tokens, heads and layers; logged beside it: means of scores and targets."""

@@ -72,3 +72,9 @@ def sample_queries(
     steps = torch.arange(count, device=width.device)
     chosen = start[:, None] + (steps + jitter) * width[:, None]
     return chosen.floor().long().clamp(max=(lengths - 1)[:, None])
+
+
+def every_query(lengths: Int[Tensor, " batch"]) -> Int[Tensor, "batch queries"]:
+    """All query positions `[0, length)` of each sequence, in front of shorter ones -1, which no budget is below."""
+    last = int(lengths.max())
+    return (torch.arange(last, device=lengths.device) - (last - lengths)[:, None]).clamp(min=-1)

@@ -73,7 +73,7 @@ def test_gated_attention_is_the_naive_form(monkeypatch, family):
     with torch.no_grad():
         with attach_gates(model, gates):
             fused = run(model, batch)
-        monkeypatch.setattr(base, "augmented_gated_attention", naive_gated_attention)
+        monkeypatch.setattr(base, "gated_attention", naive_gated_attention)
         with attach_gates(model, gates):
             naive = run(model, batch)
     assert (fused - naive)[batch["attention_mask"].bool()].abs().max() < 1e-5

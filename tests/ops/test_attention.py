@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from retention.ops import attention
-from retention.ops.attention import (
-    augmented_gated_attention,
-    blocked_gated_attention,
-    delayed_attention,
-    naive_delayed_attention,
-    naive_gated_attention,
-)
+from retention.ops import blocks
+from retention.ops.attention import augmented_gated_attention, blocked_gated_attention, naive_gated_attention
+from retention.ops.evicted_attention import delayed_attention, naive_delayed_attention
 from retention.ops.logits import Scaling
 
 FORMS = [naive_gated_attention, augmented_gated_attention]
@@ -95,6 +90,13 @@ def test_a_padded_row_gives_what_the_row_gives_alone(form, side):
     alone = form(*inputs, scaling=SCALING, positions=upto(13, 1))
     among = form(*padded, scaling=SCALING, positions=positions, valid=valid)
     torch.testing.assert_close(among[:, :, valid[0]], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value_dim", [1, 6, 11, 20])
+def test_values_may_have_a_width_of_their_own(value_dim):
+    q, k, _, log_beta = draw(9)
+    v = torch.randn(2, 2, 9, value_dim, generator=torch.Generator().manual_seed(2))
+    assert_same((q, k, v, log_beta), torch.ones(2, 9), positions=upto(9))
 
 
 def test_fused_equals_naive_at_positions_with_gaps_and_offsets():
@@ -201,7 +203,7 @@ def by_hand(q, k, v, log_beta, allowed, cap):
 
 @pytest.mark.parametrize("cap", [None, 0.7])
 def test_masks_that_are_not_causal_and_caps(cap, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 5)
+    monkeypatch.setattr(blocks, "BLOCK", 5)
     inputs, allowed, scaling = draw(13), images_in(13), Scaling(SCALING, cap)
     options = {"scaling": scaling, "positions": upto(13), "allowed": allowed}
     expected, found = by_hand(*inputs, allowed, cap), []
@@ -214,19 +216,21 @@ def test_masks_that_are_not_causal_and_caps(cap, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cap", [None, 0.7])
-def test_without_a_mask_blocks_are_the_causal_form(cap, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+def test_without_a_mask_blocks_are_the_causal_form(cap, packed, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 4)
     inputs, valid = draw(11), torch.ones(2, 11, dtype=torch.bool)
     valid[1, :3] = False
     options = {"scaling": Scaling(SCALING, cap), "positions": upto(11), "valid": valid}
+    options["documents"] = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2]).expand(2, -1) if packed else None
     naive, blocked = (form(*inputs, **options) for form in (naive_gated_attention, blocked_gated_attention))
     torch.testing.assert_close(blocked[0], naive[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(blocked[1, :, 3:], naive[1, :, 3:], rtol=1e-5, atol=1e-5)
 
 
 def test_delayed_attention_reads_the_mask_too(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 5)
+    monkeypatch.setattr(blocks, "BLOCK", 5)
     q, k, v, log_keep = draw(13)
     allowed, options = images_in(13), {"scaling": SCALING, "positions": upto(13), "window": 2}
     naive = naive_delayed_attention(q, k, v, log_keep, allowed=allowed, **options)

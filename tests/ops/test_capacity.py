@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from retention.ops import capacity
-from retention.ops.capacity import expected_size, naive_expected_size, naive_expected_size_at, sample_queries
+from retention.ops.capacity import (
+    every_query,
+    expected_size,
+    naive_expected_size,
+    naive_expected_size_at,
+    sample_queries,
+)
 
 
 def draw(batch=2, kv_heads=3, tokens=14, seed=0):
@@ -171,3 +177,12 @@ def test_what_is_held_for_the_backward_is_linear_in_tokens():
             held[form, tokens] = sum(sizes)
     assert held[naive_expected_size_at, 512] > 3.9 * held[naive_expected_size_at, 256]
     assert held[expected_size, 512] < held[naive_expected_size_at, 512] / 20
+
+
+def test_every_query_is_each_position_once():
+    lengths = torch.tensor([4, 2])
+    assert every_query(lengths).tolist() == [[0, 1, 2, 3], [-1, -1, 0, 1]]
+    sizes = expected_size(draw(tokens=4), upto(4), every_query(lengths))
+    exact = naive_expected_size(draw(tokens=4), torch.arange(4))
+    torch.testing.assert_close(sizes[0], exact[0])
+    torch.testing.assert_close(sizes[1], torch.cat([torch.zeros(3, 2), exact[1, :, :2]], -1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retention.ops import attention, received
+from retention.ops import attention, blocks, evicted_attention, received
 
 ROWS, HEADS, KV_HEADS, COUNT, WIDTH = 2, 4, 2, 13, 8
 
@@ -18,9 +18,9 @@ def drawn(seed=0):
 
 @pytest.mark.parametrize("window", [0, 3, 50])
 def test_delayed_attention_in_blocks_is_the_whole_one_with_its_gradients(monkeypatch, window):
-    monkeypatch.setattr(attention, "BLOCK", 5)
+    monkeypatch.setattr(blocks, "BLOCK", 5)
     results = []
-    for function in (attention.naive_delayed_attention, attention.delayed_attention):
+    for function in (evicted_attention.naive_delayed_attention, evicted_attention.delayed_attention):
         q, k, v, log_keep, valid, positions = drawn()
         leaves = [x.requires_grad_() for x in (q, k, v, log_keep)]
         out = function(*leaves, window=window, scaling=0.3, positions=positions, valid=valid)
@@ -32,7 +32,7 @@ def test_delayed_attention_in_blocks_is_the_whole_one_with_its_gradients(monkeyp
 
 def test_a_delayed_key_weighs_less_behind_the_window_only():
     q, k, v, log_keep, _, positions = drawn()
-    got = attention.naive_delayed_attention(q, k, v, log_keep, window=3, scaling=0.3, positions=positions)
+    got = evicted_attention.naive_delayed_attention(q, k, v, log_keep, window=3, scaling=0.3, positions=positions)
     for head in range(HEADS):
         for t in range(COUNT):
             logits = 0.3 * k[0, head // 2, : t + 1] @ q[0, head, t]
@@ -45,7 +45,7 @@ def test_without_a_delay_or_a_weight_attention_is_plain():
     options = {"scaling": 0.3, "positions": positions, "valid": valid}
     plain = attention.naive_gated_attention(q, k, v, torch.zeros_like(log_keep), **options)
     for window, weight in ((COUNT, log_keep), (0, torch.zeros_like(log_keep))):
-        got = attention.delayed_attention(q, k, v, weight, window=window, **options)
+        got = evicted_attention.delayed_attention(q, k, v, weight, window=window, **options)
         torch.testing.assert_close(got[0], plain[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got[1, :, 4:], plain[1, :, 4:], rtol=1e-5, atol=1e-6)
 

@@ -14,7 +14,7 @@ from retention.models.family import head_of
 from retention.objectives.base import Step
 from retention.objectives.hard_eviction import HardEviction
 from retention.ops import evicted as ops
-from retention.ops.attention import evicted_attention, naive_evicted_attention
+from retention.ops.evicted_attention import evicted_attention, naive_evicted_attention
 from retention.ops.evicted import NEVER, fates, hard_weights, soft_weights
 from retention.policies import POLICIES
 from retention.training.initial import trained_gates
@@ -136,7 +136,7 @@ def test_fates_are_the_written_out_ones(pooled):
 @modes
 @pytest.mark.parametrize("padded", [True, False])
 def test_blocks_are_the_naive_form_with_its_gradients(mode, padded, monkeypatch):
-    monkeypatch.setattr("retention.ops.attention.BLOCK", 5)
+    monkeypatch.setattr("retention.ops.blocks.BLOCK", 5)
     q, k, v, log_beta, valid, positions = drawn()
     valid = valid if padded else torch.ones_like(valid)
     positions = (valid.cumsum(1) - 1).clamp(min=0)
