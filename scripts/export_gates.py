@@ -1,4 +1,7 @@
-"""Export gates from a training checkpoint: python scripts/export_gates.py RUN/checkpoints/step=100.ckpt gates/."""
+"""Export gates from a training checkpoint: python scripts/export_gates.py RUN/checkpoints/step=100.ckpt gates/.
+
+A student's LoRA that was trained beside them goes to gates/adapter, for model.adapter=gates/adapter.
+"""
 
 import argparse
 import sys

@@ -51,7 +51,7 @@ def step_seconds(overrides: list[str]) -> float:
     renderer = Renderer(processor, family_of(model).visual_ids(model.config))
     data = GateData(config.task, renderer, config.data, config.model.prompt_style, TIMED + 1)
     spent = []
-    for batch in data.train_dataloader():
+    for batch in data.batches():
         started = time.perf_counter()
         step = Step(batch.labels, torch.Generator().manual_seed(0))
         config.objective.loss(collect(model, gates, config.objective, batch.inputs, step))[0].loss().backward()

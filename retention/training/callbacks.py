@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from retention.ops.decay import half_life
 Row = dict[str, Any]
 
 
-def _record(trainer: L.Trainer, figures: dict[str, float]) -> None:
+def record(trainer: L.Trainer, figures: dict[str, float]) -> None:
     """Log figures at this step only; `module.log` would repeat them in every later row."""
     for logger in trainer.loggers:
         logger.log_metrics(figures, step=trainer.global_step)
@@ -51,7 +52,7 @@ class HardEvictionValidation(L.Callback):
         accuracy = sum(chosen) / len(chosen)
         figures = {f"val/{row['scope']}_{row['budget']}": row["accuracy"] for row in rows}
         figures |= {} if self.further is None else self.further()
-        _record(trainer, {**figures, "val/hard_accuracy": accuracy})
+        record(trainer, {**figures, "val/hard_accuracy": accuracy})
         module.log("val", accuracy, prog_bar=True, logger=False)
         if accuracy >= self.best_accuracy:
             self.best = {k: v.detach().clone() for k, v in module.gates.state_dict().items()}
@@ -74,7 +75,7 @@ class HardEvictionValidation(L.Callback):
 
 
 class HalfLives(L.Callback):
-    """Quantiles of the gates' half-lives, logged every `every` steps; histograms where the logger draws them."""
+    """Quantiles of the gates' half-lives by layer, logged every `every` steps; histograms where the logger draws them."""
 
     def __init__(self, every: int, draw: Callable[[Tensor, int], None]) -> None:
         self.every, self.draw = every, draw
@@ -85,10 +86,11 @@ class HalfLives(L.Callback):
             return
         log_beta = torch.stack([x.detach() for x in module.last_log_beta])
         lives = half_life(log_beta.clamp(max=-1e-9)).log10().flatten(1)
-        levels = torch.tensor([0.1, 0.5, 0.9], device=lives.device)
         names = ("p10", "p50", "p90")
-        rows = torch.quantile(lives, levels, dim=1).T.tolist()
-        _record(
+        rows = np.quantile(
+            lives.cpu().numpy(), [0.1, 0.5, 0.9], axis=1
+        ).T.tolist()  # torch's takes 2 ** 24 values at most
+        record(
             trainer,
             {f"half_life/layer{i}_{name}": v for i, row in enumerate(rows) for name, v in zip(names, row, strict=True)},
         )

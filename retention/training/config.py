@@ -109,8 +109,11 @@ class TrainerConfig:
     """linear or cosine, to 0 at max_steps; tied to steps, never to wall clock."""
     clip: float = 1.0
     """Gradient norm clip."""
+    accumulate: int = 1
+    """Batches of data.batch_size to a step, one after the other: the step of one batch as large, in the memory of one."""
     strategy: str = "auto"
-    """auto, ddp, fsdp or deepspeed: Lightning's; the frozen base is held whole by every process."""
+    """auto, ddp (Lightning's: every process holds the frozen base whole), fsdp (ddp for the gates, the base's layers
+    shared out over the processes) or deepspeed (Lightning's, where it is installed)."""
     devices: int = 1
     """Processes on each node; with several, data.batch_size is that of each."""
     num_nodes: int = 1
@@ -129,12 +132,14 @@ class TrainerConfig:
     """Steps between validations under hard eviction."""
     save_every: int = 50
     """Steps between checkpoints that a killed run resumes from."""
+    picture_every: int | None = None
+    """Steps between pictures of what held-out contexts would keep, in the run's folder pictures; null for none."""
     val_budgets: list[str] = field(default_factory=lambda: ["5%", "2.5%", "1.25%"])
     """Budgets of the validation; its mean accuracy chooses the exported gates."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "val_every", "save_every", "devices", "num_nodes"):
-            if getattr(self, name) < 1:
+        for name in ("max_steps", "val_every", "save_every", "devices", "num_nodes", "accumulate", "picture_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"expected trainer.{name} of at least 1, got {getattr(self, name)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"expected trainer.strategy among {', '.join(STRATEGIES)}, got {self.strategy!r}")
@@ -218,6 +223,17 @@ class TrainConfig:
             raise ValueError(
                 "a memory is trained on frozen gates alone, got trainer.lora_rank or init_gates beside it; leave them out "
                 "(its gates are memory_training.gates)"
+            )
+        if self.memory.name != "none" and (self.trainer.accumulate > 1 or self.trainer.strategy == "fsdp"):
+            raise ValueError(
+                "a memory is trained on one batch per step and a base that is held whole, got trainer.accumulate="
+                f"{self.trainer.accumulate} and trainer.strategy={self.trainer.strategy}; leave them out"
+            )
+        if self.trainer.strategy == "fsdp" and (self.model.quantization != "none" or self.model.device_map is not None):
+            raise ValueError(
+                "trainer.strategy=fsdp shares out whole weights, got model.quantization="
+                f"{self.model.quantization} and model.device_map={self.model.device_map}; leave them out, or use "
+                "trainer.strategy=ddp"
             )
         if self.memory.name != "none" and self.data.packing:
             raise ValueError("expected data.packing=false where a memory is trained, got true; leave it out")

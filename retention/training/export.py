@@ -1,4 +1,4 @@
-"""Gates out of a training checkpoint, as an artefact; needs neither the base nor the data."""
+"""Gates and adapter out of a training checkpoint, as artefacts; needs neither the base nor the data."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from retention.gates import RetentionGates, gate_from_dict
 from retention.memory import RetentionMemory, memory_from_dict
+from retention.training.student import write_adapter
 from retention.types import ModelShape
 
 
@@ -20,6 +21,8 @@ def chosen_record(validation: dict[str, Any]) -> dict[str, Any]:
 
 def export_checkpoint(checkpoint: Path, folder: Path, *, which: str = "best") -> Path:
     """Write the artefact of a training checkpoint: the `best` gates under hard eviction so far, or the `last`.
+
+    The student's adapter of the same step, where one is trained beside them, goes to the folder `adapter` in it.
 
     Raises:
         ValueError: when the file is no training checkpoint, or holds no validated gates yet.
@@ -36,9 +39,18 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, which: str = "best") ->
     gates = RetentionGates(gate_from_dict(card["gate"]), shape, card["base"])
     if card.get("memory"):
         gates.memory = RetentionMemory(memory_from_dict(card["memory"]), shape)
-    last = {k.removeprefix("gates."): v for k, v in state["state_dict"].items() if k.startswith("gates.")}
-    gates.load_state_dict(validation["best"] if which == "best" else last)
+    chosen_state = validation["best"], validation["student"]
+    if which == "last":
+        chosen_state = _part(state["state_dict"], "gates."), _part(state["state_dict"], "student.")
+    gates.load_state_dict(chosen_state[0])
     chosen = chosen_record(validation) if which == "best" else {"chosen_step": state["global_step"]}
     gates.training_record = card["training"] | chosen
     gates.save_pretrained(folder)
+    if state.get("adapter_card"):
+        write_adapter(folder / "adapter", chosen_state[1], json.loads(state["adapter_card"]))
     return folder
+
+
+def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """One module's tensors by its own names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

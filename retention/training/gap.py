@@ -22,8 +22,9 @@ from retention.data.render import Rendered, Renderer
 from retention.gates import RetentionGates
 from retention.losses import distillation_terms
 from retention.models.family import decoder_of, head_of
+from retention.objectives import Objective
 from retention.objectives.distillation import Distillation
-from retention.policies import POLICIES
+from retention.policies import POLICIES, Policy, policy_of
 from retention.tasks.answering import feed, prefill
 from retention.training.module import GateTrainer
 
@@ -82,6 +83,13 @@ def gap_of(module: L.LightningModule, contexts: Rendered, renderer: Renderer) ->
     frozen = nullcontext if module.student is None else module.student.off
     given = module.model, module.gates, module.objective, examples, renderer, frozen
     return partial(soft_hard_gap, *given) if examples else None
+
+
+def target(objective: Objective, otherwise: str) -> tuple[Policy, Budget]:
+    """The policy that ranks by gates of an objective, and the budget they are trained for, or the other one."""
+    if not isinstance(objective, Distillation):
+        return POLICIES[policy_of(objective.name)](), Budget.parse(otherwise)
+    return POLICIES[RANKED[objective.scope]](), middle(objective)
 
 
 def middle(objective: Distillation) -> Budget:

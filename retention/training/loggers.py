@@ -30,8 +30,15 @@ class Tracking:
             pictures = {f"half_life/layer{i}": wandb.Histogram(row.cpu().numpy()) for i, row in enumerate(lives)}
             self.wandb.experiment.log({**pictures, "trainer/global_step": step})
 
+    def picture(self, path: Path, step: int) -> None:
+        """A picture that lies in the run's folder."""
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.experiment.log({"survival": wandb.Image(str(path)), "trainer/global_step": step})
+
     def finish(self, rows: list[dict[str, Any]], artefact: Path) -> None:
-        """The final table and the gate checkpoint as a versioned artefact."""
+        """The final table, and gates and adapter as an artefact with their metrics, a new version of its name each run."""
         if self.wandb is not None:
             import wandb
 
@@ -41,6 +48,8 @@ class Tracking:
                 "gates", type="model", metadata={f"{r['scope']}_{r['budget']}": r["accuracy"] for r in rows}
             )
             stored.add_dir(str(artefact))
+            if (artefact.parent / "adapter").exists():
+                stored.add_dir(str(artefact.parent / "adapter"), name="adapter")
             self.wandb.experiment.log_artifact(stored)
             self.wandb.experiment.finish()
 

@@ -119,8 +119,9 @@ class MemoryTrainer(L.LightningModule):
         assert self.gates.memory is not None
         return self.gates.memory
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batches: list[Batch], batch_idx: int) -> Tensor:
         """A full-cache forward, an eviction drawn from it, and the loss of the stage the step lies in."""
+        (batch,) = batches
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
         inputs = {k: v.to(self.model.device) for k, v in batch.inputs.items()}
         with torch.no_grad(), capture_attention(self.model, self.gates) as capture:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -49,8 +49,7 @@ def collect(
         start = packed(model, start)
     batch, tokens = step.labels.shape
     valid = valid_tokens(inputs.get("attention_mask"), batch, tokens, step.labels.device)
-    lengths = objective.budget_lengths(valid.sum(1), step.before_questions(valid))
-    step.budget = objective.draw_budget(lengths, step.generator)
+    objective.begin(step, valid)
     teacher = _before_the_student(model, gates, objective, start, step, nullcontext if student is None else student.off)
     attend = partial(objective.attend, step=step)
     with attach_gates(model, gates, attend, budget=step.budget) as record, recomputing(model, active=recompute):
@@ -135,30 +134,76 @@ class GateTrainer(L.LightningModule):
         """Randomness of one step."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Forwards and objective."""
-        inputs = {k: v.to(self.model.device) for k, v in batch.inputs.items()}
-        done = self.global_step / self.config.max_steps
-        step = Step(batch.labels.to(self.model.device), self.step_generator(self.global_step), done)
-        step.context = None if batch.context is None else batch.context.to(self.model.device)
-        step.multiplier = self.multiplier
+    def setup(self, stage: str) -> None:
+        """Share the frozen base out, once the processes have joined."""
+        if self.config.strategy == "fsdp":
+            from retention.training.sharding import shard_base
+
+            shard_base(self.model, self.trainer.strategy.root_device)
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Done where a step begins: Lightning would do it behind the backward of all batches but the last."""
+
+    def training_step(self, batches: list[Batch], batch_idx: int) -> Tensor:
+        """Forwards and objective of every batch of a step, the backward of all but the last, which Lightning does.
+
+        Each loss is a share of the step's, so gradients add up to those of one batch with all rows. So does the value.
+        """
+        for parameter in self.parameters():
+            parameter.grad = None
+        ahead, passed, figures = self._counts(batches), torch.zeros((), device=self.model.device), []
+        for number, batch in enumerate(batches):
+            loss, told = self._loss(batch, ahead, len(batches))
+            figures.append(told)
+            if number + 1 < len(batches):
+                (loss / len(batches)).backward()  # no process waits for another before the step's last backward
+                passed = passed + loss.detach() / len(batches)
+        loss = loss / len(batches) + passed
+        means = {name: torch.stack([told[name] for told in figures]).mean() for name in figures[0]}
+        if self.multiplier is not None:
+            means["loss/multiplier"] = torch.tensor(self.multiplier)
+            excess = self.trainer.strategy.reduce(means["excess"], reduce_op="mean")  # one multiplier for all ranks
+            self.multiplier = self.objective.next_multiplier(self.multiplier, float(excess))
+        rows = sum(len(batch.ids) for batch in batches)
+        self.log_dict({"loss": loss.detach(), **means}, prog_bar=True, batch_size=rows)
+        return loss
+
+    def _step(self, batch: Batch, device: torch.device) -> Step:
+        """The step that a batch belongs to: the same draws for each."""
+        generator, done = self.step_generator(self.global_step), self.global_step / self.config.max_steps
+        context = None if batch.context is None else batch.context.to(device)
+        return Step(batch.labels.to(device), generator, done, context=context, multiplier=self.multiplier)
+
+    def _counts(self, batches: Sequence[Batch]) -> dict[str, float] | None:
+        """What the losses of a step's batches will count together; None for a single one, which counts by itself."""
+        if len(batches) == 1:
+            return None
+        found: dict[str, float] = {}
+        for batch in batches:
+            step = self._step(batch, torch.device("cpu"))
+            rows, tokens = batch.labels.shape
+            valid = valid_tokens(batch.inputs.get("attention_mask"), rows, tokens, batch.labels.device)
+            self.objective.begin(step, valid)
+            for name, count in self.objective.counts(step, valid, self.gates.shape).items():
+                found[name] = found.get(name, 0.0) + count
+        return found
+
+    def _loss(self, batch: Batch, ahead: Mapping[str, float] | None, batches: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A batch's loss, to be meaned over the step's batches and all processes; what is logged of it."""
+        device = self.model.device
+        inputs = {k: v.to(device) for k, v in batch.inputs.items()}
         how: dict[str, Any] = {"recompute": self.config.recompute_activations, "student": self.student}
+        step = self._step(batch, device)
         collected = collect(self.model, self.gates, self.objective, inputs, step, packing=self.packing, **how)
         self.last_log_beta = collected.log_beta
         terms, figures = self.objective.loss(collected)
-        terms = across_ranks(terms)
-        loss = terms.loss()
-        logged = {f"loss/{name}": value.detach() for name, value in terms.means().items()}
-        if self.multiplier is not None:
-            logged["loss/multiplier"] = torch.tensor(self.multiplier)
-            excess = self.trainer.strategy.reduce(figures["excess"], reduce_op="mean")  # one multiplier for all ranks
-            self.multiplier = self.objective.next_multiplier(self.multiplier, float(excess))
-        self.log_dict({"loss": loss.detach(), **logged, **figures}, prog_bar=True, batch_size=len(batch.ids))
-        return loss
+        terms = across_ranks(terms, ahead, batches)
+        return terms.loss(), {f"loss/{k}": v.detach() for k, v in terms.means().items()} | figures
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The multiplier, and everything an export needs besides the tensors, so that it needs no base."""
         checkpoint["gate_card"] = json.dumps(self.gates.card_config())
+        checkpoint["adapter_card"] = None if self.student is None else json.dumps(self.student.card())
         checkpoint["multiplier"] = self.multiplier
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
-from retention.data.render import Renderer
+from retention.data.render import Rendered, Renderer
 from retention.gates import RetentionGates
 from retention.memory import RetentionMemory
 from retention.models import family_of
@@ -19,14 +21,16 @@ from retention.models.family import decoder_device
 from retention.models.load import load_configured
 from retention.training.callbacks import HalfLives, HardEvictionValidation, RandomState
 from retention.training.config import TrainConfig
+from retention.training.cost import Cost
 from retention.training.datamodule import GateData
-from retention.training.devices import rank, settle
+from retention.training.devices import rank, settle, strategy
 from retention.training.export import chosen_record
-from retention.training.gap import gap_of
+from retention.training.gap import EXAMPLES, gap_of, target
 from retention.training.initial import trained_gates
 from retention.training.loggers import Tracking
 from retention.training.memory import MemoryTrainer
 from retention.training.module import GateTrainer
+from retention.training.pictures import Pictures, survival_of
 from retention.training.resume import claim, newest_checkpoint, settings
 from retention.training.student import Student, adapter_record
 from retention.training.validation import hard_eviction_accuracy
@@ -69,16 +73,22 @@ def run(config: TrainConfig) -> Path:
         module = GateTrainer(model, gates, config.objective, config.trainer, **own)
     else:
         module = MemoryTrainer(model, gates, config.memory_training, config.trainer, seed=config.seed)
-    data = GateData(config.task, renderer, config.data, config.model.prompt_style, config.trainer.max_steps)
+    steps, parts = config.trainer.max_steps, config.trainer.accumulate
+    data = GateData(config.task, renderer, config.data, config.model.prompt_style, steps, parts)
     tracking = Tracking(config.logger, folder, _name(config), settings(config), start)
     contexts = data.validation_contexts()
     best = HardEvictionValidation(
         lambda: hard_eviction_accuracy(model, gates, contexts, config.trainer.val_budgets, renderer),
         config.trainer.val_every,
-        config.trainer.max_steps,
+        steps,
         gap_of(module, contexts, renderer),
     )
-    trainer = _trainer(config, folder, tracking, best)
+    cost = Cost()
+    seen: list[L.Callback] = [best, cost]
+    if config.trainer.picture_every is not None:
+        few = renderer.render(contexts.examples[:EXAMPLES])
+        seen.append(_pictures(config, model, gates, few, folder, tracking))
+    trainer = _trainer(config, folder, tracking, seen)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore",
@@ -93,7 +103,7 @@ def run(config: TrainConfig) -> Path:
         module.student.load_state_dict(best.best_student)
         module.student.export(folder / "adapter")
     gates.load_state_dict(best.best)
-    gates.training_record |= chosen_record(best.state_dict()) | data.record()
+    gates.training_record |= chosen_record(best.state_dict()) | data.record(cost.bad) | {"cost": cost.final}
     gates.save_pretrained(artefact)
     tracking.finish(best.best_rows, artefact)
     _point_latest(folder)
@@ -133,7 +143,23 @@ def _name(config: TrainConfig) -> str:
     return f"{config.objective.name}-{config.gate.name}-{config.task.name}-seed{config.seed}"
 
 
-def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEvictionValidation) -> L.Trainer:
+def _pictures(
+    config: TrainConfig,
+    model: "PreTrainedModel",
+    gates: RetentionGates,
+    few: Rendered,
+    folder: Path,
+    tracking: Tracking,
+) -> Pictures:
+    """Pictures of what the gates would keep of a few contexts, at the budget they are trained for."""
+    assert config.trainer.picture_every is not None
+    policy, budget = target(config.objective, config.trainer.val_budgets[0])
+    measure = partial(survival_of, model, gates, policy, budget, few)
+    title = f"{type(policy).__name__} at {budget}"
+    return Pictures(measure, config.trainer.picture_every, folder / "pictures", tracking.picture, title)
+
+
+def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, own: Sequence[L.Callback]) -> L.Trainer:
     """Lightning's trainer with the run's callbacks; checkpoints hold gates, optimiser and counters only."""
     saver = ModelCheckpoint(
         folder / "checkpoints", filename="{step}", every_n_train_steps=config.trainer.save_every, save_top_k=1
@@ -144,14 +170,14 @@ def _trainer(config: TrainConfig, folder: Path, tracking: Tracking, best: HardEv
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        strategy=config.trainer.strategy,
+        strategy=strategy(config.trainer.strategy),
         use_distributed_sampler=False,
         gradient_clip_val=config.trainer.clip,
         logger=tracking.loggers,
         log_every_n_steps=min(10, config.trainer.max_steps),
         num_sanity_val_steps=0,
         callbacks=[
-            best,
+            *own,
             *lives,
             Watch(),
             Finite(folder),

@@ -1,14 +1,14 @@
 """The student's own weights: LoRA beside the frozen decoder's, trained with the gates, exported as a PEFT adapter."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from retention.files import write_bytes, write_json
 from retention.models.family import decoder_of
@@ -57,15 +57,23 @@ class Student(nn.Module):
 
         return [module for module in self.frozen[0].modules() if isinstance(module, BaseTunerLayer)]
 
-    def export(self, folder: Path) -> Path:
-        """Write an ordinary PEFT adapter: each file whole or not at all, the one that readers look for last."""
-        own = {name.replace("/", ".").replace(f".{NAME}.", "."): x for name, x in self.state_dict().items()}
-        tensors = {f"base_model.model.{name}": x.detach().cpu().contiguous() for name, x in own.items()}
-        write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    def card(self) -> dict[str, Any]:
+        """The adapter's settings as PEFT writes them."""
         told = {k: sorted(v) if isinstance(v, set) else v for k, v in self.config.to_dict().items()}
-        base = self.frozen[0].config.name_or_path
-        write_json(folder / "adapter_config.json", told | {"inference_mode": True, "base_model_name_or_path": base})
-        return folder
+        return told | {"inference_mode": True, "base_model_name_or_path": self.frozen[0].config.name_or_path}
+
+    def export(self, folder: Path) -> Path:
+        """Write the layers as they are now."""
+        return write_adapter(folder, self.state_dict(), self.card())
+
+
+def write_adapter(folder: Path, state: Mapping[str, Tensor], card: Mapping[str, Any]) -> Path:
+    """Write a student's state as an ordinary PEFT adapter: each file whole or not at all, the one readers look for last."""
+    own = {name.replace("/", ".").replace(f".{NAME}.", "."): x for name, x in state.items()}
+    tensors = {f"base_model.model.{name}": x.detach().cpu().contiguous() for name, x in own.items()}
+    write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_json(folder / "adapter_config.json", dict(card))
+    return folder
 
 
 def adapter_record(config: TrainerConfig) -> dict[str, Any]:

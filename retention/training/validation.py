@@ -64,7 +64,7 @@ def _accuracy(model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered
     read_on(model, cache, rendered)
     tokens = answer_turns(model, cache, rendered, pad=renderer.pad)
     scores = [
-        SCORERS[turn.scorer](renderer.decode(produced), turn.answer)
+        SCORERS[turn.scorer](renderer.decode(produced), turn.answer, turn.choices)
         for answers, example in zip(tokens, rendered.examples, strict=True)
         for produced, turn in zip(answers, example.turns, strict=True)
     ]

@@ -34,6 +34,12 @@ def retained(
     return found
 
 
+def tokens_of(batch: Batch) -> int:
+    """Tokens of a batch, padding excluded."""
+    mask = batch.inputs.get("attention_mask")
+    return int(batch.labels.numel() if mask is None else mask.sum())
+
+
 def peak_bytes() -> int:
     """Most memory held so far: allocated on the GPU where there is one, else of the whole process."""
     if torch.cuda.is_available():
@@ -58,10 +64,8 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """Figures since the last time."""
-        batch: Batch = args[1]
-        ids = batch.inputs["input_ids"]
-        valid = valid_tokens(batch.inputs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device)
-        self.tokens += int(valid.sum()) * trainer.world_size
+        batches: list[Batch] = args[1]
+        self.tokens += sum(tokens_of(batch) for batch in batches) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         spent = time.perf_counter() - self.begin
@@ -70,6 +74,9 @@ class Watch(L.Callback):
             "memory/peak_bytes": float(peak_bytes()),
             "gradient_norm": self.norm,
         }
+        last = batches[-1].inputs
+        ids = last["input_ids"]
+        valid = valid_tokens(last.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device)
         if module.last_log_beta and module.last_log_beta[0].shape[-1] == ids.shape[1]:
             visual = family_of(module.model).visual_mask(module.model.config, ids)
             log_beta = [x.cpu() for x in module.last_log_beta]
@@ -87,7 +94,7 @@ class Finite(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """Remember which rows are under way."""
-        self.ids = list(args[0].ids)
+        self.ids = [name for batch in args[0] for name in batch.ids]
 
     def on_before_backward(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """Look at the loss."""

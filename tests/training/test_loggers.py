@@ -42,3 +42,29 @@ def test_without_wandb_csv_is_used_and_one_line_says_so(tracking, monkeypatch, c
 def test_csv_alone_starts_no_wandb(tracking, tmp_path):
     tracking("csv").finish([], tmp_path)
     assert not list(tmp_path.glob("wandb"))
+
+
+def test_a_whole_run_is_tracked_offline_without_an_account(tmp_path, monkeypatch):
+    import wandb
+
+    from retention.config import compose
+    from retention.training.run import run
+    from tests.training.test_lagrangian import SMALL
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    added, add = [], wandb.Artifact.add_dir
+
+    def noting(self, folder, name=None):
+        added.append((folder, name))
+        return add(self, folder, name)
+
+    monkeypatch.setattr(wandb.Artifact, "add_dir", noting)
+    more = ["logger=wandb", "trainer.picture_every=2", "trainer.lora_rank=2", f"output_dir={tmp_path / 'run'}"]
+    artefact = run(compose("train", [*SMALL, *more]))
+    (written,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    for expected in (b"cost/forwards", b"survival", b"val/hard_accuracy", b"half_life/layer1", b"global_5%"):
+        assert expected in content, expected
+    assert added == [(str(artefact), None), (str(tmp_path / "run" / "adapter"), "adapter")]
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/survival*.png"))

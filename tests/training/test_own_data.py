@@ -119,20 +119,20 @@ def data(name, steps, **settings):
 def test_bad_rows_are_told(chats, caplog):
     own = data("llava", 6, sources=[SourceConfig(str(chats))], batch_size=4)
     with caplog.at_level(logging.WARNING):
-        batches = list(own.train_dataloader())
+        batches = list(own.batches())
     assert sum(len(batch.ids) for batch in batches) == 22
     assert own.bad_rows == BAD
     assert "left out row 5 of chats.jsonl: missing image" in caplog.text
     refusing = data("llava", 6, sources=[SourceConfig(str(chats))], batch_size=4, on_bad="refuse")
     with pytest.raises(ValueError, match=r"row (5|11) of chats.jsonl cannot be used: (missing image|empty text)"):
-        list(refusing.train_dataloader())
+        list(refusing.batches())
 
 
 def test_held_out_rows_are_never_trained_on(chats, texts):
     sources = [SourceConfig(str(chats)), SourceConfig(str(texts))]
     own = data("llava", 30, sources=sources, batch_size=4, held_out=0.25, val_examples=4)
     asked = {example.id for example in own.validation_contexts().examples}
-    trained = {id for batch in own.train_dataloader() for id in batch.ids}
+    trained = {id for batch in own.batches() for id in batch.ids}
     assert len(asked) == 4
     assert not asked & trained
     assert len(trained) >= 22 + 12 - 6 - 3

@@ -169,7 +169,22 @@ def test_a_run_trains_and_exports_both(tmp_path):
     assert all(name.startswith(("gates.", "student.")) for name in state)
     assert sum("lora_" in name for name in state) == len([n for n in state if n.startswith("student.")]) > 0
     file = next((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
-    export_checkpoint(file, tmp_path / "last", which="last")
+    for which in ("best", "last"):
+        found = export_checkpoint(file, tmp_path / which, which=which)
+        told, own = (json.loads((x / "adapter_config.json").read_text()) for x in (found / "adapter", tmp_path / "run" / "adapter"))  # fmt: skip
+        assert told == own
+        again, _ = load_frozen("embedded", device="cpu", adapter=str(found / "adapter"))
+        RetentionGates.from_pretrained(found).check(again)
+    tensors = load_file(tmp_path / "last" / "adapter" / "adapter_model.safetensors")
+    expected = {x for x in state if x.startswith("student.")}
+    assert {f"student.{name}" for name in tensors} == {
+        f"student.base_model.model.{x.removeprefix('student.').replace('/', '.').replace('.student.', '.')}"
+        for x in expected
+    }
+    key = next(name for name in expected if "lora_B" in name)
+    written = f"base_model.model.{key.removeprefix('student.').replace('/', '.').replace('.student.', '.')}"
+    assert torch.equal(tensors[written], state[key])
+    assert tensors[written].abs().sum() > 0
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
