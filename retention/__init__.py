@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from retention.cache.evicting import EvictingCache
     from retention.gates import GATES, GateConfig, RetentionGates
     from retention.models.load import load_frozen
+    from retention.planning import plan
     from retention.policies import POLICIES, Policy
+    from retention.serving.pipeline import pipeline
     from retention.types import KVState
 
 _HOMES = {
@@ -27,6 +29,8 @@ _HOMES = {
     "attach_gates": "retention.attach.soft",
     "evicting": "retention.attach.hard",
     "load_frozen": "retention.models.load",
+    "pipeline": "retention.serving.pipeline",
+    "plan": "retention.planning",
 }
 
 __all__ = [
@@ -42,6 +46,8 @@ __all__ = [
     "attach_gates",
     "evicting",
     "load_frozen",
+    "pipeline",
+    "plan",
 ]
 
 

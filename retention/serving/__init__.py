@@ -1,0 +1,1 @@
+"""Many conversations on one model, each over a cache of its own that is bounded in bytes."""
