@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from retention.attach.positions import position_ids
+from retention.attach.forward import next_logits
 from retention.cache.evicting import EvictingCache
 from retention.data.collate import appended, left_pad
 from retention.data.render import Rendered
@@ -15,23 +15,6 @@ from retention.tasks.sampling import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def _forward(model: "PreTrainedModel", cache: EvictingCache, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits of the last token of each row; positions count tokens seen, padding excluded."""
-    own = {k: v.to(model.device) for k, v in inputs.items()}
-    ids, mask = own.pop("input_ids"), own.pop("attention_mask")
-    past = cache.tokens.valid.to(mask.dtype) if cache.columns else mask[:, :0]
-    out = model(
-        input_ids=ids,
-        attention_mask=torch.cat([past, mask], 1),
-        position_ids=position_ids(model, cache, ids, mask, own),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        **own,
-    )
-    return out.logits[:, -1]
 
 
 def _text(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
@@ -47,28 +30,28 @@ def prefill(
     inputs = rendered.inputs
     if first_question:
         inputs = appended(inputs, [turns.questions[0] for turns in rendered.turns], pad)
-    return _forward(model, cache, inputs)
+    return next_logits(model, cache, inputs)
 
 
 @torch.no_grad()
 def read_on(model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered) -> None:
     """Feed the second prompts, where there are any; the cache evicts after them as after every prompt."""
     if rendered.later is not None:
-        _forward(model, cache, rendered.later)
+        next_logits(model, cache, rendered.later)
 
 
 @torch.no_grad()
 def feed(model: "PreTrainedModel", cache: EvictingCache, rows: list[list[int]], *, pad: int = 0) -> None:
     """Run rows of token ids into the cache, left-padded, on top of its budget."""
     with cache.hold():
-        _forward(model, cache, _text(rows, pad))
+        next_logits(model, cache, _text(rows, pad))
 
 
 @torch.no_grad()
 def answer_turns(
     model: "PreTrainedModel", cache: EvictingCache, rendered: Rendered, *, pad: int = 0
 ) -> list[list[list[int]]]:
-    """Token ids answered to every turn of every row,.
+    """Token ids answered to every turn of every row.
 
     Nothing is evicted meanwhile: questions and answers are held on top of the context's budget, for every
     policy alike; unless the examples are about the budget while answering. Turns that are independent are each
@@ -83,7 +66,7 @@ def answer_turns(
         asked = cache.fork() if rule.independent else cache
         rows = [carried[i] + t.questions[turn] for i, t in enumerate(rendered.turns)]
         with nullcontext() if rule.evicts_answers else asked.hold():
-            logits = _forward(model, asked, _text(rows, pad))
+            logits = next_logits(model, asked, _text(rows, pad))
             limit = max(e.turns[turn].max_new_tokens for e in examples)
             produced = _written(model, asked, logits, limit, pad, sampler)
         for i, row in enumerate(produced.tolist()):
@@ -102,7 +85,7 @@ def _written(
     alive = ~torch.isin(produced[-1], stop)
     while len(produced) < limit and alive.any():
         newest = {"input_ids": produced[-1][:, None], "attention_mask": alive.long()[:, None]}
-        token = sampler(_forward(model, cache, newest))
+        token = sampler(next_logits(model, cache, newest))
         produced.append(torch.where(alive, token, pad))
         alive = alive & ~torch.isin(token, stop)
     return torch.stack(produced, 1)
