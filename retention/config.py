@@ -75,6 +75,7 @@ def _tables() -> dict[str, dict[str, DictConfig]]:
 def _preset(group: str, name: str) -> DictConfig:
     """A preset's file on top of the schema, or of the preset, that it names as its default."""
     own = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
+    assert isinstance(own, DictConfig)
     (base,) = own.pop("defaults")
     schema = _GROUPS[group].get(base.removesuffix("_schema")) if base.endswith("_schema") else None
     merged = OmegaConf.merge(OmegaConf.structured(schema) if schema is not None else _preset(group, base), own)

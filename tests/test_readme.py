@@ -44,6 +44,17 @@ def test_its_scripts_and_make_targets_exist():
         assert link.startswith("http") or (ROOT / link).exists(), link
 
 
+def test_its_plan_is_made(tmp_path):
+    from retention.__main__ import parser
+    from retention.planning.command import run
+    from tests.tiny import tiny_qwen3
+
+    tiny_qwen3().config.save_pretrained(tmp_path)
+    for words in commands("python -m retention"):
+        told = run(parser().parse_args([str(tmp_path / word) if word == "config.json" else word for word in words[3:]]))
+        assert "GiB" in told
+
+
 def test_its_python_runs(tmp_path, monkeypatch, capsys):
     import torch
 

@@ -166,7 +166,7 @@ def evicting(
     cache = new_cache(model, policy, config, extra_collectors=extra, packed=packed, memory=memory)
     cache.own_mask = family_of(model).own_mask
     if gates is not None:
-        cache.coordinate, cache.curve = gates.config.coordinate, gates.thresholds
+        cache.gates, cache.coordinate, cache.curve = gates, gates.config.coordinate, gates.thresholds
     with ExitStack() as stack:
         before = partial(_before_layer, gates, cache.shape.layers)
         facts = stack.enter_context(attached(model, NAME, evicting_attention, cache.shape.layers, before))
@@ -185,11 +185,13 @@ def _before_layer(
     if not isinstance(cache, EvictingCache):
         return None
     layer: Any = cache.layers[number]
+    gates = gates if cache.gates is None else cache.gates
     if gates is not None and "gate" in cache.collectors:
         tokens, count = cache.tokens, kwargs["hidden_states"].shape[1]
         beside = tokens.visual[:, -count:], tokens.valid[:, -count:], layer.heard
         reading = gates.read(layers.index(number), kwargs["hidden_states"], *beside)
-        layer.staged, layer.heard = reading.stored(), reading.heard
+        layer.heard = reading.heard
+        layer.stage(reading.stored(), delayed=gates.config.delayed)
     return {"retention_layer": layer}
 
 

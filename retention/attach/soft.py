@@ -132,9 +132,11 @@ def attach_gates(
     read `budget`, entries per head of each row.
 
     Raises:
-        ValueError: when the gates do not fit the model, or it is attached already.
+        ValueError: when the gates do not fit the model or are delayed, or it is attached already.
     """
     gates.check(model)
+    if gates.config.delayed:
+        raise ValueError("gates that read the token behind each one (gate.delayed) rank as they are; train others")
     record = GateRecord(attend)
 
     def before_layer(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class EvictingCache(Cache):
         self.coordinate: Callable[[Tensor], Tensor | None] | None = None
         """What gates that read the budget make of it."""
         self.curve: Curve | None = None
+        self.gates: Any = None  # what scores its tokens; forks share it
         self._configure(policy, config)
 
     def _configure(self, policy: Policy, config: CacheConfig) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from retention.cache import recall
 from retention.cache.config import REMEMBER
+from retention.cache.delayed import settle, shifted
 from retention.cache.evicted import merged
 from retention.cache.rotation import Turn
 from retention.cache.storage import Entries, LayerStorage
@@ -52,6 +53,14 @@ class EvictingLayer(GrowingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: storage takes the first tensors as they are."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def stage(self, log_beta: Float[Tensor, "batch kv_heads tokens ..."], *, delayed: bool = False) -> None:
+        """Gate outputs of the tokens of the next `update`; a delayed one is about the token before its own."""
+        if delayed:
+            valid, count = self.owner.tokens.valid, log_beta.shape[2]
+            before, log_beta = shifted(log_beta, valid[:, -count:])
+            settle(self.store, valid[:, :-count], before)
+        self.staged = log_beta
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values, and return them: attention reads the rest from the storage.

@@ -13,8 +13,12 @@ from retention.gates.beside import MODALITIES, Grounding
 from retention.ops.decay import budget_coordinate, offset_for_half_life
 from retention.types import ModelShape, require
 
-BESIDE = ("budget_conditioned", "budget_min", "budget_max", "budget_ref", "modality", "text_prior")
+BESIDE = (
+    *("budget_conditioned", "budget_min", "budget_max", "budget_ref", "modality", "text_prior"),
+    *("activation", "delayed", "tied", "norm_eps"),
+)
 """Settings that artefacts name only where they are not the default, so that older versions read plain gates."""
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 @dataclass
@@ -43,6 +47,11 @@ class GateConfig(ABC):
     """none, or embedding: a learned vector for text and one for vision, added to what the gate reads."""
     text_prior: bool = False
     """The gate also reads how near a token is to the text before it."""
+    activation: str = "silu"
+    """silu, gelu or relu: behind the gate's hidden layers, where it has any."""
+    delayed: bool = False
+    """Each token is scored by reading the one behind it, and the newest stays until that one is there; for gates that
+    were trained so elsewhere (DMS)."""
 
     def __post_init__(self) -> None:
         self._check_beside()
@@ -58,6 +67,12 @@ class GateConfig(ABC):
             (self.modality in MODALITIES, "gate.modality none or embedding", self.modality),
             (self.reads_tokens or not beside, f"no gate.modality and gate.text_prior for gate={self.name}", "one"),
             (self.reads_budget or not self.budget_conditioned, "gate.budget_conditioned for trim or dbtrim", self.name),
+            (self.activation in ACTIVATIONS, f"gate.activation among {', '.join(ACTIVATIONS)}", self.activation),
+            (
+                not (self.delayed and self.budget_conditioned),
+                "gate.delayed or gate.budget_conditioned, not both",
+                "both",
+            ),
             (
                 0 < self.budget_min < self.budget_max and reference > 0,
                 "gate budgets above 0, gate.budget_max above gate.budget_min",

@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retention.gates.architecture import GateConfig, GateStack, Head, projection
+from retention.gates.architecture import ACTIVATIONS, GateConfig, GateStack, Head, projection
 from retention.types import ModelShape
 
 
@@ -23,6 +23,8 @@ class DBTrim(GateConfig):
 
     scoring: str = "rows"
     """rows or scalar: what the shared projection shares."""
+    tied: bool = True
+    """One projection for all layers; without, each layer has its own (an option of the public code)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,21 +36,23 @@ class DBTrim(GateConfig):
             )
 
     def build(self, shape: ModelShape) -> GateStack:
-        """Two-layer trunks per evictable layer and one shared head."""
-        width, heads = self.width(shape), shape.num_kv_heads
-        if self.scoring == "rows":
-            head: nn.Module = Head(width, heads, heads, self.init_half_life, conditioned=self.budget_conditioned)
-        else:
-            if width % heads:
-                raise ValueError(
-                    f"scoring scalar cuts gate_hidden by head: expected a multiple of {heads}, got {width}"
-                )
-            head = ScalarHead(heads, width // heads, self.init_half_life, conditioned=self.budget_conditioned)
+        """Two-layer trunks per evictable layer and one shared head, or one for each."""
+        width, heads, act = self.width(shape), shape.num_kv_heads, ACTIVATIONS[self.activation]
+        if self.scoring == "scalar" and width % heads:
+            raise ValueError(f"scoring scalar cuts gate_hidden by head: expected a multiple of {heads}, got {width}")
+        shared = self._head(width, heads) if self.tied else None
         trunks = (
-            nn.Sequential(projection(shape.hidden_size, width), nn.SiLU(), projection(width, width), nn.SiLU())
+            nn.Sequential(projection(shape.hidden_size, width), act(), projection(width, width), act())
             for _ in shape.layers
         )
-        return GateStack(nn.ModuleList(trunks), head)
+        if shared is not None:
+            return GateStack(nn.ModuleList(trunks), shared)
+        return GateStack(nn.ModuleList(trunk.append(self._head(width, heads)) for trunk in trunks))
+
+    def _head(self, width: int, heads: int) -> Head:
+        if self.scoring == "rows":
+            return Head(width, heads, heads, self.init_half_life, conditioned=self.budget_conditioned)
+        return ScalarHead(heads, width // heads, self.init_half_life, conditioned=self.budget_conditioned)
 
 
 class ScalarHead(Head):

@@ -28,6 +28,8 @@ class FastKVzip(GateConfig):
 
     bases: int = 16
     """Learned base keys per KV head."""
+    norm_eps: float | None = None
+    """Added to mean squares before their root; null is the machine's smallest difference from 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,19 +45,20 @@ class FastKVzip(GateConfig):
     def build(self, shape: ModelShape) -> GateStack:
         """One gate per evictable layer, nothing shared."""
         start = offset_for_half_life(self.init_half_life)
-        return GateStack(nn.ModuleList(LowRank(shape, self.width(shape), self.bases, start) for _ in shape.layers))
+        given = self.width(shape), self.bases, start, self.norm_eps
+        return GateStack(nn.ModuleList(LowRank(shape, *given) for _ in shape.layers))
 
 
 class LowRank(nn.Module):
     """One layer's gate."""
 
-    def __init__(self, shape: ModelShape, rank: int, bases: int, start: float) -> None:
+    def __init__(self, shape: ModelShape, rank: int, bases: int, start: float, eps: float | None = None) -> None:
         super().__init__()
         self.kv_heads = shape.num_kv_heads
         self.query = projection(shape.hidden_size, shape.num_heads * rank)
         self.key = nn.Linear(shape.hidden_size, shape.num_kv_heads * rank, bias=False)
         nn.init.normal_(self.key.weight, std=shape.hidden_size**-0.5)
-        self.query_norm, self.key_norm = nn.RMSNorm(rank), nn.RMSNorm(rank)
+        self.query_norm, self.key_norm = nn.RMSNorm(rank, eps=eps), nn.RMSNorm(rank, eps=eps)
         self.base_keys = nn.Parameter(torch.randn(shape.num_kv_heads, bases, rank))
         self.offset = nn.Parameter(torch.full((shape.num_heads,), start))
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from retention.gates.architecture import GateConfig, GateStack, Head, projection
+from retention.gates.architecture import ACTIVATIONS, GateConfig, GateStack, Head, projection
 from retention.types import ModelShape
 
 
@@ -13,8 +13,9 @@ from retention.types import ModelShape
 class Trim(GateConfig):
     """`log_beta = logsigmoid(W2 act(W1 x + b1) + offset)`, one gate per layer (public code).
 
-    `gate_hidden: 0` gives a linear gate, the paper's ablation. Differs from the public code: the activation is
-    SiLU, which all released models use; the start is given as a half-life instead of a raw offset.
+    `gate_hidden: 0` gives a linear gate, the paper's ablation. Differs from the public code: the activation is a
+    setting instead of the model's own, by default SiLU, which all released models use; the start is given as a half-life
+    instead of a raw offset.
     """
 
     name: ClassVar[str] = "trim"
@@ -29,4 +30,5 @@ class Trim(GateConfig):
         if width == 0:
             return nn.Sequential(Head(shape.hidden_size, heads, heads, self.init_half_life, conditioned=conditioned))
         trunk = projection(shape.hidden_size, width)
-        return nn.Sequential(trunk, nn.SiLU(), Head(width, heads, heads, self.init_half_life, conditioned=conditioned))
+        head = Head(width, heads, heads, self.init_half_life, conditioned=conditioned)
+        return nn.Sequential(trunk, ACTIVATIONS[self.activation](), head)

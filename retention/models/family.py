@@ -143,27 +143,37 @@ def head_of(model: "PreTrainedModel") -> Callable[[Tensor], Tensor]:
     return head
 
 
-def evictable_layers(model: "PreTrainedModel") -> tuple[int, ...]:
-    """Indices of full-attention layers; sliding and linear layers keep transformers' own cache.
+def layer_kinds(config: Any) -> list[str]:
+    """What each layer of a config's decoder is, told as `transformers.DynamicCache` tells it.
 
-    A config without `layer_types` has one type throughout, told as `transformers.DynamicCache` tells it.
+    A config without `layer_types` has one type throughout: full_attention or sliding_attention.
     """
-    config = model.config.get_text_config()
-    local = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
-    types = getattr(config, "layer_types", None) or ["local" if local else "full_attention"] * config.num_hidden_layers
-    return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    text = config.get_text_config()
+    local = any(getattr(text, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+    one = "sliding_attention" if local else "full_attention"
+    return list(getattr(text, "layer_types", None) or [one] * text.num_hidden_layers)
+
+
+def evictable_layers(model: "PreTrainedModel") -> tuple[int, ...]:
+    """Indices of full-attention layers; sliding and linear layers keep transformers' own cache."""
+    return config_shape(model.config).layers
 
 
 def model_shape(model: "PreTrainedModel") -> ModelShape:
     """Sizes of the frozen decoder."""
-    config = model.config.get_text_config()
+    return config_shape(model.config)
+
+
+def config_shape(config: Any) -> ModelShape:
+    """Sizes of the decoder that a config, of a text or vision-language model, describes."""
+    text = config.get_text_config()
     return ModelShape(
-        model_type=model.config.model_type,
-        layers=evictable_layers(model),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        hidden_size=config.hidden_size,
+        model_type=config.model_type,
+        layers=tuple(i for i, kind in enumerate(layer_kinds(config)) if kind == "full_attention"),
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        hidden_size=text.hidden_size,
     )
 
 

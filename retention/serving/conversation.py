@@ -10,9 +10,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from retention.attach.forward import end_tokens
 from retention.cache.evicting import EvictingCache
 from retention.files import write_json
-from retention.serving.decoding import Answer, Decoding, end_tokens, steps
+from retention.serving.decoding import Answer, Decoding, steps
 from retention.serving.engine import Job
 from retention.serving.prompt import Message
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
-from retention.attach.forward import next_logits
+from retention.attach.forward import end_tokens, next_logits
 from retention.cache.evicting import EvictingCache
 from retention.data.example import Sampling
 from retention.tasks.sampling import nucleus
@@ -107,13 +107,15 @@ def steps(
     inputs: dict[str, Tensor],
     answers: Sequence[Answer],
     decoding: Decoding,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Write one answer per row into the cache, one forward at a time: every step of this iterator is one.
 
-    The last token of an answer is not fed any more. A row that has ended waits for the others.
+    The last token of an answer is not fed any more. A row that has ended waits for the others. `seeds` are the rows'
+    own, in place of `decoding.seed` for all.
     """
     ends = end_tokens(model)
-    generators = [torch.Generator().manual_seed(decoding.seed) for _ in answers]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [decoding.seed] * len(answers)]
     while True:
         logits = next_logits(model, cache, inputs)
         for row, answer in enumerate(answers):
@@ -125,12 +127,6 @@ def steps(
         yield
         newest = torch.tensor([[answer.tokens[-1]] for answer in answers])
         inputs = {"input_ids": newest, "attention_mask": torch.tensor(alive).long()[:, None]}
-
-
-def end_tokens(model: "PreTrainedModel") -> list[int]:
-    """Tokens that end an answer."""
-    told = model.generation_config.eos_token_id
-    return torch.tensor([] if told is None else told, dtype=torch.long).flatten().tolist()
 
 
 def _write(answer: Answer, token: int, ends: list[int], decoding: Decoding) -> None:

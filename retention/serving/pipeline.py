@@ -148,13 +148,13 @@ def _policy(policy: str | Policy | None, gates: RetentionGates | None) -> Policy
         return policy
     if policy is None and gates is None:
         raise ValueError("expected gates=<artefact>, or policy=<name> for one that needs none, got neither")
-    name = policy or _ranking(gates)
+    name = policy or ranked_by(gates)
     if name not in POLICIES:
         raise ValueError(f"expected a policy among {', '.join(POLICIES)}, got {name!r}")
     return POLICIES[name]()
 
 
-def _ranking(gates: RetentionGates | None) -> str:
+def ranked_by(gates: RetentionGates | None) -> str:
     """Name of the policy that gates were trained for."""
     assert gates is not None
     if gates.decays:

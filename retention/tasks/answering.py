@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from retention.attach.forward import next_logits
+from retention.attach.forward import end_tokens, next_logits
 from retention.cache.evicting import EvictingCache
 from retention.data.collate import appended, left_pad
 from retention.data.render import Rendered
@@ -79,8 +79,7 @@ def _written(
     model: "PreTrainedModel", cache: EvictingCache, logits: Tensor, limit: int, pad: int, sampler: Sampler
 ) -> Int[Tensor, "batch new"]:
     """Up to `limit` tokens, padding after a row's end of sequence; the last one is not yet in the cache."""
-    ends = model.generation_config.eos_token_id
-    stop = torch.tensor([] if ends is None else ends, dtype=torch.long, device=logits.device).flatten()
+    stop = torch.tensor(end_tokens(model), dtype=torch.long, device=logits.device)
     produced = [sampler(logits)]
     alive = ~torch.isin(produced[-1], stop)
     while len(produced) < limit and alive.any():

@@ -1,0 +1,1 @@
+"""Gates of others as ours, and ours for others: files and tensors, never a foreign package."""
