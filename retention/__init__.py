@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retention.attach.hard import evicting
     from retention.attach.soft import attach_gates
+    from retention.attach.switch import use_gates
     from retention.budget import Budget
     from retention.cache.config import CacheConfig
     from retention.cache.evicting import EvictingCache
-    from retention.gates import GATES, GateConfig, RetentionGates
+    from retention.gates import GATES, GateConfig, GateSets, RetentionGates
     from retention.models.load import load_frozen
     from retention.planning import plan
     from retention.policies import POLICIES, Policy
@@ -23,6 +24,7 @@ _HOMES = {
     "CacheConfig": "retention.cache.config",
     "EvictingCache": "retention.cache.evicting",
     "GateConfig": "retention.gates",
+    "GateSets": "retention.gates",
     "KVState": "retention.types",
     "Policy": "retention.policies",
     "RetentionGates": "retention.gates",
@@ -31,6 +33,7 @@ _HOMES = {
     "load_frozen": "retention.models.load",
     "pipeline": "retention.serving.pipeline",
     "plan": "retention.planning",
+    "use_gates": "retention.attach.switch",
 }
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "CacheConfig",
     "EvictingCache",
     "GateConfig",
+    "GateSets",
     "KVState",
     "Policy",
     "RetentionGates",
@@ -48,6 +52,7 @@ __all__ = [
     "load_frozen",
     "pipeline",
     "plan",
+    "use_gates",
 ]
 
 

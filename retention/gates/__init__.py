@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from retention.checkpoint import shown, typed
 from retention.gates.architecture import GateConfig
 from retention.gates.base import RetentionGates
 from retention.gates.dbtrim import DBTrim
 from retention.gates.fastkvzip import FastKVzip
 from retention.gates.per_head import PerHead
+from retention.gates.sets import GateSets
 from retention.gates.trim import Trim
 
 GATES: dict[str, type[GateConfig]] = {"dbtrim": DBTrim, "trim": Trim, "fastkvzip": FastKVzip, "per_head": PerHead}
@@ -18,16 +20,12 @@ def gate_from_dict(values: dict[str, Any]) -> GateConfig:
     Raises:
         ValueError: for an architecture or a field this version does not know.
     """
-    fields = dict(values)
-    name = fields.pop("name", None)
-    if name not in GATES:
+    name = values.get("name")
+    if not isinstance(name, str) or name not in GATES:
         raise ValueError(
-            f"expected a gate among {sorted(GATES)}, got {name!r}; the artefact may need a newer retention"
+            f"expected a gate among {sorted(GATES)}, got {shown(name)}; the artefact may need a newer retention"
         )
-    try:
-        return GATES[name](**fields)
-    except TypeError as error:
-        raise ValueError(f"the artefact's gate has fields this version does not know: {error}") from error
+    return typed(GATES[name], {key: value for key, value in values.items() if key != "name"}, "gate")
 
 
-__all__ = ["GATES", "GateConfig", "RetentionGates", "gate_from_dict"]
+__all__ = ["GATES", "GateConfig", "GateSets", "RetentionGates", "gate_from_dict"]

@@ -1,11 +1,11 @@
 """Retention gates: from the attention input of each layer to `log_beta`, one number per token and KV head."""
 
-import os
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
@@ -13,7 +13,8 @@ from retention import checkpoint
 from retention.gates.architecture import GateConfig
 from retention.gates.beside import Reading
 from retention.gates.calibration import Calibration
-from retention.memory import RetentionMemory, memory_from_dict
+from retention.gates.loading import folder_of, gates_of
+from retention.memory import RetentionMemory
 from retention.models.family import decoder_device, fingerprint, model_shape
 from retention.ops.decay import log_beta_from_score
 from retention.types import ModelShape
@@ -38,10 +39,14 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         """The memory of evicted tokens that was trained with these gates, if any."""
 
     @classmethod
-    def for_model(cls, config: GateConfig, model: "PreTrainedModel") -> "RetentionGates":
-        """Fresh gates that fit a frozen model, on its device."""
+    def for_model(cls, config: GateConfig, model: "PreTrainedModel", revision: str | None = None) -> "RetentionGates":
+        """Fresh gates that fit a frozen model, on its device.
+
+        `revision` is the branch, tag or commit it was asked for by; the commit it came from is noted where the hub told.
+        """
         device = decoder_device(model)
-        base = {"name_or_path": model.config.name_or_path, **fingerprint(model)}
+        commit = getattr(model.config, "_commit_hash", None)
+        base = {"name_or_path": model.config.name_or_path, "revision": revision, "commit": commit, **fingerprint(model)}
         return cls(config, model_shape(model), base).to(device)
 
     def forward(
@@ -139,33 +144,75 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         Raises:
             ValueError: naming both values of the first thing that differs.
         """
-        expected, got = self.shape, model_shape(model)
+        self._check_fit(model_shape(model), {"name_or_path": model.config.name_or_path, **fingerprint(model)}, "model")
+
+    def check_beside(self, other: "RetentionGates") -> None:
+        """Refuse gates that were trained for another base than these.
+
+        Raises:
+            ValueError: naming both values of the first thing that differs.
+        """
+        self._check_fit(other.shape, other.base, "base of the others")
+
+    def _check_fit(self, shape: ModelShape, base: dict[str, Any], whose: str) -> None:
         for field, word in (
             ("model_type", "family"),
             ("num_layers", "evictable layers"),
             ("num_kv_heads", "KV heads per layer"),
+            ("num_heads", "query heads per layer"),
+            ("head_dim", "features per head"),
             ("hidden_size", "hidden features"),
             ("layers", "evictable layer indices"),
         ):
-            ours, theirs = getattr(expected, field), getattr(got, field)
+            ours, theirs = getattr(self.shape, field), getattr(shape, field)
             if ours != theirs:
                 raise ValueError(
-                    f"gates were trained for {word} {ours}, the model has {theirs}; load the matching base or gates"
+                    f"gates were trained for {word} {ours}, the {whose} has {theirs}; load the matching base or gates"
                 )
-        current = fingerprint(model)
         for key in ("config_hash", "weight_hash"):
-            if self.base.get(key) not in (None, current[key]):
+            if self.base.get(key) is not None and base.get(key) is not None and self.base[key] != base[key]:
                 raise ValueError(
-                    f"gates were trained on base {self.base.get('name_or_path')!r} ({key} {self.base[key]}), the model is "
-                    f"{model.config.name_or_path!r} ({key} {current[key]}); load the base they were trained on"
+                    f"gates were trained on base {self.base.get('name_or_path')!r} ({key} {self.base[key]}), the {whose} is "
+                    f"{base.get('name_or_path')!r} ({key} {base[key]}); load the base they were trained on"
                 )
+
+    def with_memory(self, trained: "RetentionGates") -> "RetentionGates":
+        """These gates, with the memory of evicted tokens that others were trained with; copies.
+
+        A memory learned what its own gates evict; beside gates that evict something else the record says so.
+
+        Raises:
+            ValueError: when the others have no memory, or were trained for another base.
+        """
+        if trained.memory is None:
+            raise ValueError("expected gates with a memory, got some without; train one (python train.py memory=...)")
+        self.check_beside(trained)
+        merged, own = deepcopy(self), self.stack.state_dict()
+        merged.memory = deepcopy(trained.memory).to(next(self.parameters()).device)
+        theirs = trained.stack.state_dict()
+        same = own.keys() == theirs.keys() and all(
+            x.shape == theirs[name].shape and bool((x.cpu() == theirs[name].cpu()).all()) for name, x in own.items()
+        )
+        told = deepcopy(trained.training_record.get("memory", {}))
+        merged.training_record["memory"] = told | ({} if same else {"trained_beside_these_gates": False})
+        return merged
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors under their artefact names: `layers.<i>.<param>` and, stored once, `shared.<param>`."""
         memory = {} if self.memory is None else self.memory.state_dict(prefix="memory.")
         return dict(self.stack.state_dict()) | memory
 
-    def card_config(self) -> dict[str, Any]:
+    def conventions(self) -> dict[str, Any]:
+        """What the numbers mean, as artefacts say it."""
+        token = "the token behind it" if self.config.delayed else "the token itself"
+        return {
+            "log_beta": "fp32, at most 0",
+            "eviction_age": "seen - position",
+            "age_offset": 0,
+            "score_time": f"when {token} is fed, off its attention input behind the input norm",
+        }
+
+    def card_config(self, storage: str = "float32") -> dict[str, Any]:
         """Everything `gate_config.json` holds."""
         from retention.provenance import package_versions
 
@@ -176,53 +223,38 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
             "gate": self.config.to_dict(),
             "memory": None if self.memory is None else self.memory.config.to_dict(),
             "training": self.training_record,
-            "conventions": {"log_beta": "fp32, at most 0", "eviction_age": "seen - position", "age_offset": 0},
+            "conventions": self.conventions(),
+            "storage": storage,
             "versions": package_versions(),
         }
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, storage: str = "float32", **hub: Any) -> str | None:
+        """Write the artefact atomically; with `push_to_hub=True` also upload it.
+
+        `storage` is how tensors lie in the file: float32, bfloat16, float16, or int8 with a scale for each row.
+
+        Raises:
+            ValueError: for another storage, or values that it cannot hold.
+        """
         from retention.gates.card import model_card
 
-        config = self.card_config()
-        checkpoint.write(Path(save_directory), config, self.tensors(), model_card(config))
+        folder, storage = Path(save_directory), (hub.pop("model_card_kwargs", None) or {}).get("storage", storage)
+        config = self.card_config(storage)
+        checkpoint.write(folder, config, self.tensors(), model_card(config))
+        if not hub.pop("push_to_hub", False):
+            return None
+        return self.push_to_hub(hub.pop("repo_id", None) or folder.name, storage=storage, **hub)
 
-    def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
-        """Write the artefact atomically; with `push_to_hub=True` also upload it."""
-        folder = Path(save_directory)
-        if hub.pop("push_to_hub", False):
-            hub.setdefault("repo_id", folder.name)
-            self._save_pretrained(folder)
-            return self.push_to_hub(**hub)
-        self._save_pretrained(folder)
-        return None
+    def push_to_hub(self, repo_id: str, *, storage: str = "float32", **hub: Any) -> str:
+        """Upload the artefact; further arguments as in huggingface_hub's mixin. Returns the commit's address."""
+        return super().push_to_hub(repo_id, model_card_kwargs={"storage": storage}, **hub)  # it calls save_pretrained
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> "RetentionGates":  # type: ignore[override]  # ours
-        """Read an artefact from a folder or a hub id.
+        """Read an artefact from a folder or a hub id; nothing in it is executed.
 
         Raises:
             ValueError: when it is missing, damaged, of a newer format, or its tensors do not fit its config.
         """
-        from retention.gates import gate_from_dict
-
-        local = os.path.isdir(name) or "/" not in str(name) or str(name).startswith((".", "/"))
-        folder = (
-            Path(name) if local else Path(snapshot_download(str(name), allow_patterns=["gate_*", "README.md"], **hub))
-        )
-        config, tensors = checkpoint.read(folder)
-        shape = ModelShape(**{**config["shape"], "layers": tuple(config["shape"]["layers"])})
-        gates = cls(gate_from_dict(config["gate"]), shape, config["base"])
-        own = {name: x for name, x in tensors.items() if not name.startswith("memory.")}
-        if config.get("memory"):
-            gates.memory = RetentionMemory(memory_from_dict(config["memory"]), shape)
-        recalled = {name.removeprefix("memory."): x for name, x in tensors.items() if name not in own}
-        try:
-            gates.stack.load_state_dict(own)
-            if gates.memory is not None:
-                gates.memory.load_state_dict(recalled)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the tensors in {folder} do not fit its config: {str(error).splitlines()[-1].strip()}"
-            ) from error
-        gates.training_record = config["training"]
-        return gates.eval()
+        files = [checkpoint.CONFIG, checkpoint.TENSORS, checkpoint.CARD]
+        return gates_of(cls, folder_of(name, files, **hub))

@@ -116,7 +116,7 @@ def _fresh(config: TrainConfig, model: "PreTrainedModel") -> RetentionGates:
         return trained_gates(config, model, _record(config))
     if config.objective.goes_on:
         log.warning("objective=%s is meant for trained gates; name some with init_gates", config.objective.name)
-    gates = RetentionGates.for_model(config.gate, model)
+    gates = RetentionGates.for_model(config.gate, model, config.model.revision)
     gates.training_record = _record(config)
     if config.objective.initial_score is not None:
         gates.start_at(config.objective.initial_score)
