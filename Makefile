@@ -9,10 +9,10 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 INCLUDES_dev := test wandb
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compat test-gpu lint check fix
+.PHONY: help setup demo test test-compat test-harness test-gpu lint check fix docs check-release
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(EXTRA)test  ## create .venv and install the package with its test tools
 
@@ -25,6 +25,9 @@ test: $(EXTRA)test  ## run the default tests: CPU, offline
 
 test-compat:  ## run the family identities on the oldest and newest transformers and torch
 	$(PYTHON) scripts/test_compat.py
+
+test-harness:  ## run the adapters of lm-evaluation-harness and lmms-eval in environments of their own
+	$(PYTHON) scripts/test_harness.py
 
 test-gpu: $(EXTRA)test  ## run the tests that need CUDA
 	$(BIN)/python -m pytest -m gpu
@@ -41,6 +44,12 @@ check: lint  ## everything that CI runs: lint, then the tests
 fix: $(EXTRA)dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(EXTRA)docs  ## build the documentation into build/site
+	$(BIN)/mkdocs build --strict --quiet
+
+check-release: $(BIN)/pip  ## build wheel and sdist, install them elsewhere, run the demo there, resolve the extras
+	$(BIN)/python scripts/check_release.py
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

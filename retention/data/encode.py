@@ -146,7 +146,10 @@ class Encoder:
         if images:
             given["images"] = [images]
         if films:
-            given |= {"videos": [[np.stack([np.asarray(x) for x in one.frames]) for one in films]], "do_sample_frames": False}
+            given |= {
+                "videos": [[np.stack([np.asarray(x) for x in one.frames]) for one in films]],
+                "do_sample_frames": False,
+            }
             given["video_metadata"] = [[self._told(one) for one in films]]
         try:
             made = self.template.processor(add_special_tokens=self.template.adds_special(text), **given)

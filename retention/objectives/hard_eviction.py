@@ -10,8 +10,8 @@ from torch import Tensor
 from retention.budget import Budget
 from retention.objectives.base import Attended, GatedCall, Step, decaying
 from retention.objectives.distillation import Distillation
-from retention.ops.evicted_attention import evicted_attention
 from retention.ops.evicted import Fate, fates, hard_weights, soft_weights
+from retention.ops.evicted_attention import evicted_attention
 from retention.types import require
 
 MODES = ("ste_output", "soft_mask")

@@ -14,8 +14,8 @@ from retention.models.family import head_of
 from retention.objectives.base import Step
 from retention.objectives.hard_eviction import HardEviction
 from retention.ops import evicted as ops
-from retention.ops.evicted_attention import evicted_attention, naive_evicted_attention
 from retention.ops.evicted import NEVER, fates, hard_weights, soft_weights
+from retention.ops.evicted_attention import evicted_attention, naive_evicted_attention
 from retention.policies import POLICIES
 from retention.training.initial import trained_gates
 from retention.training.module import collect
