@@ -105,7 +105,7 @@ class Bench:
         """Answers of all arms; those that are missing are asked for now."""
         folder = Path(config.output_dir)
         claim(folder, config)
-        store = RowStore(folder / "examples.jsonl")
+        store = RowStore(folder)
         Session(config, self.runner, load_gate_sets(config), store).run()
         return store.rows
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from retention.config import compose
-from retention.evaluation.report import table_markdown
 from retention.evaluation.run import run as evaluate
+from retention.evaluation.tables import table_markdown
 from retention.files import write_json, write_text
 from retention.provenance import hardware, package_versions
 from retention.training.run import run as train

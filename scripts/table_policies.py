@@ -151,11 +151,11 @@ class Bench:
     def run(self, config: EvalConfig) -> None:
         """Add what is missing to the rows of a task; nothing is drawn or summarised yet."""
         claim(Path(config.output_dir), config)
-        Session(config, self.runner, load_gate_sets(config), RowStore(Path(config.output_dir) / "examples.jsonl")).run()
+        Session(config, self.runner, load_gate_sets(config), RowStore(Path(config.output_dir))).run()
 
     def rows(self, folder: str) -> list[Cell]:
         """All answers in a folder, the task's name where nothing else was chosen."""
-        return RowStore(self.out / folder / "examples.jsonl").rows
+        return RowStore(self.out / folder).rows
 
     def refusals(self, config: EvalConfig) -> Iterator[tuple[Key, str]]:
         """What cannot be decided, with the policy's own words: every cell is tried on one question of one context."""

@@ -89,11 +89,26 @@ def test_streaming_never_holds_the_whole_context(evaluated):
 
 def test_pictures_report_and_manifest_are_written(evaluated):
     folder, _ = evaluated
-    for name in ("curves.png", "survival.png", "patches.png", "deferred.png"):
-        assert (folder / name).stat().st_size > 5000
+    pictures = (
+        "curves",
+        "pareto",
+        "deferred",
+        "depth",
+        "survival",
+        "survival_kinds",
+        "places",
+        "half_lives",
+        "patches",
+    )
+    for name in pictures:
+        assert (folder / f"{name}.png").stat().st_size > 5000
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("<figure>") == len(pictures)
+    assert page.count('<details class="context"') == 2
+    assert page.count('<details class="kept"') == 2 * 2 * 5
     assert 'src="http' not in page
+    for name in ("summary.csv", "claims.csv", "table.md", "table.tex", "report.md"):
+        assert (folder / name).stat().st_size > 100
     manifest = (folder / "manifest.json").read_text()
     assert {"config", "versions", "hardware", "command", "caveats"} <= set(json.loads(manifest))
 
@@ -135,5 +150,5 @@ def test_heuristics_need_no_gates(tmp_path):
             "eval", ["gates=null", "policies=[keydiff]", "budgets=[16]", "examples=2", f"output_dir={tmp_path}", *small]
         )
     )
-    assert [row["policy"] for row in result.summary] == ["full", "keydiff"]
+    assert [row["policy"] for row in result.summary] == ["full", "keydiff", "random"]
     assert logging.getLogger("retention").name == "retention"

@@ -46,7 +46,7 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=lambda: ["needles"])
     """Names of presets in `task`."""
     policies: list[str] = field(default_factory=lambda: ["db_trim_kv", "trim_kv", "keydiff", "snapkv", "h2o", "random"])
-    """Names of presets in `policy`; full is always there. `quota` and `quota+X` give keydiff, or X, the gates'
+    """Names of presets in `policy`; full and random are always there. `quota` and `quota+X` give keydiff, or X, the gates'
     own shares per layer and head; `memory+X` lets X's evicted entries flow into the gates' memory, `memory_paid+X` takes its bytes out of X's
     entries, and `refund+X` is X without a memory, its bytes spent on more entries."""
     budgets: list[str] = field(default_factory=lambda: ["10%", "5%", "2.5%"])
@@ -73,6 +73,8 @@ class EvalConfig:
     """Where results go; rows that are there already are not computed again."""
     experiment: str | None = None
     """Name of the experiment preset, for the record."""
+    report: list[str] = field(default_factory=list)
+    """Folders of evaluations to write the report of anew, or to compare in one; nothing is evaluated then."""
 
     def __post_init__(self) -> None:
         for text in self.budgets:

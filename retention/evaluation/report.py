@@ -1,199 +1,143 @@
-"""The report of an evaluation: one self-contained HTML page, and its headline table as text."""
+"""The report of an evaluation: one self-contained HTML page, and the same tables and claims as Markdown."""
 
 import base64
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retention.evaluation.claims import RULES
+from retention.evaluation.config import base_name
+from retention.evaluation.equality import shown
+from retention.evaluation.page import template
+from retention.evaluation.tables import difference_text, sections, table_markdown
+from retention.files import write_text
+
 Row = dict[str, Any]
 PICTURES = {
-    "curves.png": "Accuracy over the part of the cache that is kept. Bands are 95% intervals over "
+    "curves": "Accuracy over the part of the cache that is kept. Bands are 95% intervals over "
     "contexts and training seeds; the dashed line is the full cache, the dotted line is chance.",
-    "deferred.png": "Accuracy by turn at one budget. The cache is evicted once, before the later "
+    "pareto": "Accuracy over the physical bytes that a context's cache takes after eviction. Ringed settings are on the "
+    "Pareto front: no policy is as accurate with fewer bytes. The dashed line is the full cache.",
+    "deferred": "Accuracy by turn at one budget. The cache is evicted once, before the later "
     "questions are known, so what they ask for must have been kept on its own merit.",
-    "survival.png": "What is kept of each layer and head. A global budget may give one head much and another nothing.",
-    "patches.png": "Images as the model saw them, and below with each patch veiled the more the "
-    "shorter its tokens live. Outlined patches hold what the questions ask for.",
+    "depth": "Accuracy by the place of the evidence in the context at one budget, from the first token to the last.",
+    "survival": "What is kept of each layer and head. A global budget may give one head much and another nothing.",
+    "survival_kinds": "What is kept of each layer and head, text and images apart.",
+    "places": "What is kept of each part of the context, over all layers and heads, text and images apart.",
+    "half_lives": "How long the gates let tokens live: half-lives of all tokens by modality, and their median, quartiles "
+    "and ends in every layer.",
+    "patches": "Images as the model saw them, and below what is kept at every budget: a token is the darker the fewer "
+    "layers and heads hold it. Outlined tokens hold what the questions ask for.",
 }
+"""What each picture says; of several tasks, each one's pictures carry its name behind this one."""
 
 
-def _score(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
-
-
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.0f}%"
-
-
-def _bytes(value: float | None) -> str:
-    """A size in the largest binary unit that keeps it at or above one."""
-    if value is None:
-        return "n/a"
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
-
-
-def _accuracy(row: Row) -> str:
-    return f"{_score(row['accuracy'])} {_interval(row['ci_low'], row['ci_high'])}".strip()
-
-
-def _scope(row: Row) -> str:
-    return row["scope"].replace("_", " ")
-
-
-def _many(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _reference(rows: Sequence[Row]) -> str:
-    """What the numbers of one task and protocol are to be held against."""
-    full = next((row for row in rows if row["policy"] == "full"), None)
-    parts = [f"chance {_score(rows[0]['chance'])}", _many(rows[0]["n_contexts"], "context")]
-    if full is not None:
-        size = f"{_bytes(full['kv_bytes_full'])} (peak {_bytes(full['kv_bytes_peak'])})"
-        parts.insert(0, f"full cache {_accuracy(full)} with {size}")
-    elif rows[0]["full_accuracy"] is not None:
-        parts.insert(0, f"full cache {_score(rows[0]['full_accuracy'])}")
-    seeds = max((len(row["seed_accuracy"]) for row in rows), default=0)
-    return ", ".join(parts + ([_many(seeds, "training seed")] if seeds else []))
-
-
-def _sections(summary: Sequence[Row]) -> Iterator[Row]:
-    """The headline table of each task and protocol: policies down, budgets across."""
-    for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in summary):
-        rows = [r for r in summary if (r["task"], r["protocol"]) == (task, protocol)]
-        below = [row for row in rows if row["policy"] != "full"]
-        budgets = list(dict.fromkeys(row["budget"] for row in below))
-        lines: dict[tuple[str, str], Row] = {}
-        for row in sorted(below, key=lambda r: (not r["seed_accuracy"], r["policy"], r["scope"])):
-            name = {"policy": row["policy"], "scope": _scope(row), "cells": {}}
-            line = lines.setdefault((row["policy"], row["scope"]), name)
-            line["learned"] = bool(row["seed_accuracy"])
-            line["cells"][row["budget"]] = row
-        yield {
-            "task": task,
-            "protocol": protocol,
-            "reference": _reference(rows),
-            "budgets": budgets,
-            "lines": list(lines.values()),
-            "rows": rows,
-        }
-
-
-def table_markdown(summary: Sequence[Row]) -> str:
-    """The headline tables as Markdown, policies down and budgets across."""
-    blocks = []
-    for section in _sections(summary):
-        head = ["policy", "scope", *section["budgets"]]
-        lines = [head, ["---"] * 2 + ["---:"] * len(section["budgets"])]
-        for line in section["lines"]:
-            cells = [_markdown_cell(line["cells"].get(budget)) for budget in section["budgets"]]
-            lines.append([line["policy"].replace("|", "\\|"), line["scope"], *cells])
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        title = f"**{section['task']}**, `{section['protocol']}`: {section['reference']}."
-        blocks.append(f"{title}\n\n{table}\n" if section["lines"] else f"{title}\n")
-    return "\n".join(blocks)
-
-
-def _markdown_cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    sizes = f"{_bytes(row['kv_bytes_kept'])}, peak {_bytes(row['kv_bytes_peak'])}"
-    return f"{_accuracy(row)}<br>{_percent(row['retention'])} of full<br>{sizes}"
-
-
-def table_text(summary: Sequence[Row]) -> str:
-    """The headline tables as aligned plain text of at most 110 columns, a line per setting."""
-    head = ("policy", "scope", "budget", "accuracy [95%]", "of full", "kept")
-    layout = "  {:<28.28}  {:<9.9}  {:>10.10}  {:<20}  {:>7}  {:>10}"
-    lines = []
-    for section in _sections(summary):
-        lines += [f"{section['task']}  {section['protocol']}"[:110], layout.format(*head)]
-        for row in section["rows"]:
-            shown = (row["policy"], _scope(row), row["budget"], _accuracy(row))
-            kept = (_percent(row["retention"]), _bytes(row["kv_bytes_kept"]))
-            lines.append(layout.format(*shown, *kept))
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _flat(manifest: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The entries of a nested manifest as dotted names and text."""
+def flat(manifest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The entries of a nested manifest as dotted names and text; members of a list of tables by their number."""
     for name, value in manifest.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(i): item for i, item in enumerate(value)}
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             yield f"{prefix}{name}", text
 
 
+def told(manifest: Row) -> list[tuple[str, str]]:
+    """A manifest's entries for a reader: without its caveats, and without settings of policies and tasks not used."""
+    config = manifest.get("config", {})
+    used = {"policy": {base_name(name) for name in config.get("policies", [])}, "task": set(config.get("tasks", []))}
+    chosen = {
+        name: {key: value for key, value in values.items() if key in used[name]} if name in used else values
+        for name, values in config.items()
+    }
+    rest = {name: value for name, value in manifest.items() if name not in ("caveats", "config")}
+    return [*flat(rest), *flat({"config": chosen})]
+
+
+def differing(manifests: Mapping[str, Row]) -> list[tuple[str, list[str]]]:
+    """Entries of several runs' manifests that are not the same in all of them, with every run's value."""
+    entries_of = [dict(told(manifest)) for manifest in manifests.values()]
+    names = dict.fromkeys(name for entries in entries_of for name in entries)
+    values = {name: [entries.get(name, "-") for entries in entries_of] for name in names}
+    return [(name, own) for name, own in values.items() if len(set(own)) > 1]
+
+
 def _pictures(folder: Path) -> Iterator[Row]:
     """The pictures present, as base64 with their captions."""
     for name, caption in PICTURES.items():
-        if (folder / name).is_file():
-            png = (folder / name).read_bytes()
+        for file in sorted(folder.glob(f"{name}.png")) + sorted(folder.glob(f"{name}@*.png")):
+            task = file.stem.partition("@")[2]
+            png = file.read_bytes()
             wide = round(int.from_bytes(png[16:20], "big") / 1.5)
             data = base64.b64encode(png).decode("ascii")
-            yield {"name": Path(name).stem, "caption": caption, "data": data, "width": wide}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Put the text at the path in one step, so that no reader meets half a page."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+            named = f"{task}: {caption}" if task else caption
+            yield {"name": file.stem, "caption": named, "data": data, "width": wide}
 
 
 def write_report(
     folder: Path,
     *,
     summary: Sequence[Row],
-    manifest: Row,
+    manifests: Mapping[str, Row],
     title: str,
-    examples: Sequence[Row] | None = None,
+    claims: Sequence[Row] = (),
+    groups: Sequence[Row] = (),
+    contexts: Sequence[Row] = (),
+    budget: str | None = None,
 ) -> Path:
     """One page report.html in the folder, with the pictures found there inside it.
 
     Args:
         folder: where the page goes and where curves.png and its like are looked for.
         summary: rows from summarise.
-        manifest: how the numbers came about; its "caveats" (a list of sentences) head the page.
+        manifests: by run, how the numbers came about; "caveats" (a list of sentences) head the page.
         title: of the page.
-        examples: turns to show, each with example_id, turn, question, answer and predictions
-            (from policy to text); task, and scores (from policy to score), are optional.
+        claims: comparisons from compare_all.
+        groups: rows from by_group.
+        contexts: examples from browse.
+        budget: the one whose examples are open.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"expected a folder for the report, got {folder}; create it first")
-    loader = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page.filters |= {"accuracy": _accuracy, "percent": _percent, "bytes": _bytes, "score": _score}
-    page.filters["interval"] = lambda row: _interval(row["ci_low"], row["ci_high"])
-    text = page.get_template("report.html.j2").render(
+    text = template("report.html.j2").render(
         title=title,
-        sections=list(_sections(summary)),
-        caveats=manifest.get("caveats") or [],
-        manifest=list(_flat({k: v for k, v in manifest.items() if k != "caveats"})),
+        sections=list(sections(summary)),
+        caveats=caveats(manifests),
+        runs=list(manifests),
+        differing=differing(manifests) if len(manifests) > 1 else [],
+        manifest=told(next(iter(manifests.values()))),
         pictures=list(_pictures(folder)),
-        examples=list(examples or []),
+        claims=claims,
+        rules=RULES,
+        several=len({row["protocol"] for row in summary}) > 1,
+        groups=groups,
+        contexts=contexts,
+        budget=budget,
     )
-    _write_whole(folder / "report.html", text)
+    write_text(folder / "report.html", text)
     return folder / "report.html"
+
+
+def caveats(manifests: Mapping[str, Row]) -> list[str]:
+    """What heads a report: the sentences of all runs, each once."""
+    return list(dict.fromkeys(line for manifest in manifests.values() for line in manifest.get("caveats") or []))
+
+
+def report_markdown(summary: Sequence[Row], claims: Sequence[Row], manifests: Mapping[str, Row], title: str) -> str:
+    """Caveats, headline tables and comparisons as Markdown, for papers and pages."""
+    lines = [f"# {title}", "", *(f"- {line}" for line in caveats(manifests)), "", table_markdown(summary)]
+    if claims:
+        head = ("task", "protocol", "budget", "policy", "against", "points [95%]", "p (Holm)", "verdict", "n", "seeds")
+        lines += ["## What may be said", "", *(f"{rule}\n" for rule in RULES)]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for c in claims:
+            against = "full cache" if c["against"] == "full" else f"best baseline, {c['reference']}"
+            named = (c["task"], f"`{c['protocol']}`", c["budget"], f"{shown(c['policy'])}", against)
+            counted = f"{c['n']} in {c['n_contexts']}"
+            found = (difference_text(c), f"{c['p_holm']:.2g}", c["verdict"], counted, str(c["n_seeds"] or "-"))
+            lines.append("| " + " | ".join(text.replace("|", "\\|") for text in (*named, *found)) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""A whole evaluation: every task x protocol x policy x budget in one run, then summary, pictures and report."""
+"""A whole evaluation: every task x protocol x policy x budget in one run, then everything it leaves."""
 
 import glob
 import json
@@ -6,28 +6,30 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from retention.data.render import Renderer
-from retention.evaluation import plots, report
 from retention.evaluation.arms import needs_gates
+from retention.evaluation.compare import rebuild
 from retention.evaluation.config import MEMORY, QUOTA, EvalConfig, base_name, prefix_of
+from retention.evaluation.diagnostics import Diagnostics
+from retention.evaluation.equality import FLOOR
 from retention.evaluation.protocol import Protocol
+from retention.evaluation.ranks import agreed, own_device, rank, wait
+from retention.evaluation.results import Result, Source, write_results
 from retention.evaluation.runner import GateSet, Runner
-from retention.evaluation.session import Session, picture_budget
-from retention.evaluation.statistics import summarise
+from retention.evaluation.session import Session
 from retention.evaluation.store import RowStore
-from retention.files import write_json, write_text
+from retention.files import write_json
 from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.models.family import decoder_device
 from retention.models.load import load_configured
-from retention.policies.collect import COLLECTORS
 from retention.provenance import hardware, package_versions
 
-_GROWING = ("tasks", "policies", "budgets", "protocols", "output_dir", "gates", "experiment", "batch_size")
+_GROWING = ("tasks", "policies", "budgets", "protocols", "output_dir", "gates", "experiment", "batch_size", "report")
 CAVEATS = [
     "The gates saw the question distribution in training, the heuristics did not.",
     "Questions and answers are held on top of the context's budget, for every policy alike.",
@@ -38,34 +40,38 @@ CAVEATS = [
 ]
 
 
-@dataclass
-class Result:
-    """What a run leaves: the table as text, the summary, and the files it wrote."""
-
-    table: str
-    summary: list[dict[str, Any]]
-    files: list[Path]
-
-
 def run(config: EvalConfig) -> Result:
     """Evaluate as configured; a stopped run with the same `output_dir` goes on where it was.
+
+    `random` is in every run, as the full cache is. Of several processes (`torchrun`) each takes a part of the batches, and
+    the first reports. With `report` nothing is run: see `rebuild`.
 
     Raises:
         ValueError: when gates are needed and missing, or `output_dir` holds results of other settings.
     """
+    if config.report:
+        return rebuild([Path(folder) for folder in config.report], Path(config.output_dir))
     started = time.time()
+    config = replace(
+        config, policies=list(dict.fromkeys([*config.policies, FLOOR])), output_dir=agreed(config.output_dir)
+    )
     folder = Path(config.output_dir)
-    claim(folder, config)
-    model, processor = load_configured(config.model)
+    if rank() == 0:
+        claim(folder, config)
+    wait()
+    model, processor = load_configured(own_device(config.model))
     sets = load_gate_sets(config)
     for gate_set in sets:
         if gate_set.gates is not None:
             gate_set.gates.to(decoder_device(model)).check(model)
     renderer = Renderer(processor, family_of(model).visual_ids(model.config))
-    session = Session(
-        config, Runner(model, renderer, config.model.prompt_style), sets, RowStore(folder / "examples.jsonl")
-    )
+    runner, looks = Runner(model, renderer, config.model.prompt_style), Diagnostics(folder, model, renderer)
+    session = Session(config, runner, sets, RowStore(folder, rank()), looks)
     session.run()
+    wait()
+    if rank() != 0:
+        return Result("", [], [])
+    session.store.gather()
     return _write(folder, config, session, started)
 
 
@@ -112,80 +118,14 @@ def claim(folder: Path, config: EvalConfig) -> None:
 
 
 def _write(folder: Path, config: EvalConfig, session: Session, started: float) -> Result:
-    """Summary, manifest, pictures, report."""
+    """Manifest, then everything that is made from rows, manifest and diagnostics."""
     wanted = {(t, str(Protocol.parse(p))) for t in config.tasks for p in config.protocols}
     rows = [row for row in session.store.rows if (row["task"], row["protocol"]) in wanted]
-    summary = summarise(rows)
     manifest = _manifest(config, session, started)
-    write_json(folder / "summary.json", {"rows": summary})
     write_json(folder / "manifest.json", manifest)
-    pictures = [plots.accuracy_curves(summary, folder / "curves.png")]
-    if session.survival:
-        pictures.append(plots.survival_heatmap(session.survival, folder / "survival.png"))
-    if session.patches is not None:
-        images, life, evidence = session.patches
-        pictures.append(
-            plots.patch_strip(
-                images, life, folder / "patches.png", label="half-life of a patch (tokens)", evidence=evidence
-            )
-        )
-    if any(row["accuracy_later_turns"] is not None for row in summary):
-        budget, policies = picture_budget(config), _attentive(config)
-        picture = folder / "deferred.png"
-        pictures.append(plots.deferred_curve(summary, picture, config.tasks[0], budget=budget, policies=policies))
-    title = f"retention: {', '.join(config.tasks)}"
-    page = report.write_report(
-        folder, summary=summary, manifest=manifest, title=title, examples=_sample_turns(rows, config)
-    )
-    write_text(folder / "table.md", report.table_markdown(summary))
-    files = [
-        folder / "summary.json",
-        folder / "examples.jsonl",
-        folder / "manifest.json",
-        folder / "table.md",
-        *pictures,
-        page,
-    ]
-    return Result(report.table_text(summary), summary, files)
-
-
-def _attentive(config: EvalConfig) -> list[str]:
-    """Policies for the picture by turn: full, those that watch attention, and the gates' global pool."""
-    watching = {name for name, x in COLLECTORS.items() if x is not None}
-    names = [
-        n
-        for n in config.policies
-        if n in config.policy and (config.policy[n].collector in watching or config.policy[n].selector == "global")
-    ]
-    return ["full", *(names or config.policies)]
-
-
-def _sample_turns(rows: list[dict[str, Any]], config: EvalConfig) -> list[dict[str, Any]]:
-    """A few answers with what every policy said, at the picture budget, first protocol and seed."""
-    protocol = str(Protocol.parse(config.protocols[0]))
-    chosen: dict[tuple[str, int], dict[str, Any]] = {}
-    budget = picture_budget(config)
-    for row in rows:
-        if (
-            row["task"] == config.tasks[0]
-            and row["protocol"] == protocol
-            and row["budget"]["requested"] in (budget, "100%")
-        ):
-            turn = chosen.setdefault(
-                (row["example_id"], row["turn"]),
-                {
-                    "task": row["task"],
-                    "example_id": row["example_id"],
-                    "turn": row["turn"],
-                    "question": row["question"],
-                    "answer": row["answer"],
-                    "predictions": {},
-                    "scores": {},
-                },
-            )
-            turn["predictions"].setdefault(row["policy"], row["prediction"])
-            turn["scores"].setdefault(row["policy"], row["score"])
-    return list(chosen.values())[:12]
+    result = write_results(folder, rows, {folder.name: manifest}, [Source(folder)])
+    result.files += [folder / "examples.jsonl", folder / "manifest.json"]
+    return result
 
 
 def _manifest(config: EvalConfig, session: Session, started: float) -> dict[str, Any]:

@@ -9,18 +9,21 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from retention.attach.forward import end_tokens
 from retention.attach.hard import evicting
 from retention.cache.evicting import EvictingCache
 from retention.cache.inputs import Answers
+from retention.data.example import Example
 from retention.data.render import Rendered, Renderer
 from retention.evaluation.arms import Arm
+from retention.evaluation.batches import batches_of
 from retention.evaluation.protocol import Protocol
 from retention.gates import RetentionGates
 from retention.policies import POLICIES
 from retention.policies.collect import Foresight
 from retention.tasks import Task
 from retention.tasks.answering import answer_turns, prefill, read_on
-from retention.tasks.scorers import SCORERS
+from retention.tasks.scorers import SCORERS, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,11 +47,15 @@ class Runner:
     renderer: Renderer
     style: str
 
-    def batches(self, task: Task, split: str, seed: int, count: int, size: int) -> Iterator[Rendered]:
-        """Rendered contexts of a task, `size` at a time."""
-        for start in range(0, count, size):
-            examples = [task.example(seed, split, i, style=self.style) for i in range(start, min(start + size, count))]
-            yield self.renderer.render(examples)
+    def batches(
+        self, task: Task, split: str, seed: int, count: int, size: int, *, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Rendered]:
+        """Rendered contexts of a task, at most `size` at a time; `part` (i, n): every n-th from i on."""
+        task = task.measured(self.renderer.length)
+        numbers = range(part[0], task.available(split, count), part[1])
+        examples = (task.example(seed, split, number, style=self.style) for number in numbers)
+        for batch in batches_of(examples, size):
+            yield self.renderer.render(batch)
 
     def run(
         self, batch: Rendered, arms: list[Arm], gates: RetentionGates | None
@@ -83,6 +90,7 @@ class Runner:
         self, arm: Arm, cache: EvictingCache, batch: Rendered, *, prefilled: bool
     ) -> tuple[EvictingCache, list[Row]]:
         started = time.perf_counter()
+        _check_decoding(arm, batch.examples[0])
         if arm.policy.needs_evidence:
             cache.mark_evidence(_evidence_mask(batch))
         if isinstance(arm.policy.second_pass(), Foresight):
@@ -110,10 +118,12 @@ class Runner:
         ledger, count = cache.bytes(), len(batch.examples)
         full = cache.entry_bytes * heads
         budgets = cache.resolved or seen
+        ends = end_tokens(self.model)
         rows = []
         for i, example in enumerate(batch.examples):
             for turn, asked in enumerate(example.turns):
-                said = self.renderer.decode(tokens[i][turn])
+                written = until(tokens[i][turn], ends)
+                said = self.renderer.decode(written)
                 rows.append(
                     {
                         "policy": arm.name,
@@ -124,17 +134,25 @@ class Runner:
                         "example_id": example.id,
                         "turn": turn,
                         "n_turns": example.n_turns,
-                        "query_position": "after" if turn == 0 else "deferred_turn",
+                        "cluster": example.meta.get("cluster", example.id),
+                        "groups": example.meta.get("groups", {}),
+                        "comparable": example.meta.get("comparable", True),
+                        "query_position": _position(example, turn),
                         "question": asked.question,
                         "prediction": said,
                         "answer": asked.answer,
                         "scorer": asked.scorer,
-                        "score": SCORERS[asked.scorer](said, asked.answer),
+                        "scored": asked.scored,
+                        "score": SCORERS[asked.scorer](said, asked.answer, asked.choices),
+                        "readable": readable(asked.scorer, said, asked.choices),
+                        "generated": len(written),
+                        "cut_off": not ends or written[-1] not in ends,
                         "chance": example.meta["chance"],
                         "kept": kept[i],
                         "seen": seen[i],
                         "entries_full": seen[i] * heads,
                         "evidence_recall": evidence_recall(table[:, i], batch.evidence[i][turn]),
+                        "depth": depth(batch.evidence[i][turn], batch.lengths[i]),
                         "bytes": {
                             "full": full * seen[i],
                             "kept": ledger.total // count,
@@ -146,6 +164,27 @@ class Runner:
                     }
                 )
         return rows
+
+
+def _check_decoding(arm: Arm, example: Example) -> None:
+    """Raises ValueError where a budget is to hold while answers are written and nothing would evict."""
+    evicts = arm.name == "full" or arm.policy.steps or arm.cache.evict_every is not None
+    if example.evicts_answers and not evicts:
+        raise ValueError(
+            f"{example.id} is about decoding under a budget and cache.evict_every is null; set cache.evict_every=64"
+        )
+
+
+def _position(example: Example, turn: int) -> str:
+    """Where a turn's question stands."""
+    if turn and not example.independent:
+        return "deferred_turn"
+    return "before" if example.query_position == "before" else "after"
+
+
+def until(tokens: list[int], ends: list[int]) -> list[int]:
+    """Tokens up to the first that ends a sequence, with it."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens)) + 1]
 
 
 def _evidence_mask(batch: Rendered) -> Bool[Tensor, "batch positions"]:
@@ -171,6 +210,11 @@ def dialogues(batch: Rendered) -> Answers:
     padded = torch.tensor([[*row, *[(0, False)] * (longest - len(row))] for row in rows], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows])
     return Answers(padded[..., 0], torch.arange(longest) < lengths[:, None], padded[..., 1].bool())
+
+
+def depth(evidence: list[int] | None, length: int) -> float | None:
+    """Where a turn's evidence lies on average, 0 at the context's first token and near 1 at its last."""
+    return sum(evidence) / len(evidence) / length if evidence else None
 
 
 def evidence_recall(

@@ -1,43 +1,39 @@
-"""One run's loop over tasks, gate sets, protocols and batches, and what its pictures need."""
+"""One run's loop over tasks, gate sets, protocols and batches."""
 
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from retention.data.render import Rendered
 from retention.evaluation.arms import Arm, full_arm, make_arm, mean_counts, needs_gates
 from retention.evaluation.config import QUOTA, EvalConfig
-from retention.evaluation.diagnostics import look_at_patches, survival
+from retention.evaluation.diagnostics import Diagnostics
 from retention.evaluation.protocol import Protocol
+from retention.evaluation.ranks import rank, world_size
 from retention.evaluation.runner import GateSet, Runner
 from retention.evaluation.store import RowStore
 from retention.policies import policy_of
 
 
-def picture_budget(config: EvalConfig) -> str:
-    """The budget that pictures and sample answers are shown at: the one nearest to 5 %."""
-
-    def distance(text: str) -> float:
-        return abs(float(text.rstrip("%")) / 100 - 0.05) if text.endswith("%") else 1.0
-
-    return min(config.budgets, key=distance)
-
-
 class Session:
-    """One run's loop over tasks, gate sets, protocols and batches, and what pictures need of it."""
+    """One run's loop over tasks, gate sets, protocols and batches; `diagnostics` look at the first batch of a task."""
 
-    def __init__(self, config: EvalConfig, runner: Runner, sets: list[GateSet], store: RowStore) -> None:
+    def __init__(
+        self,
+        config: EvalConfig,
+        runner: Runner,
+        sets: list[GateSet],
+        store: RowStore,
+        diagnostics: Diagnostics | None = None,
+    ) -> None:
         self.config, self.runner, self.sets, self.store = config, runner, sets, store
-        self.survival: dict[str, np.ndarray] = {}
-        self.patches: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self.picture_budget = picture_budget(config)
+        self.diagnostics = diagnostics
 
     def run(self) -> None:
         """Everything that is not done yet, with a progress bar."""
-        c = self.config
-        batches = -(-c.examples // c.batch_size)
+        c, part = self.config, (rank(), world_size())
+        counts = {task: c.task[task].available(c.split, c.examples) for task in c.tasks}
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,16 +43,18 @@ class Session:
         )
         with Progress(*columns) as bar:
             groups = _by_prefill([Protocol.parse(text) for text in c.protocols])
-            work = bar.add_task("evaluate", total=len(c.tasks) * len(self.sets) * len(groups) * batches)
+            own = sum(len(range(part[0], count, part[1])) for count in counts.values())
+            work = bar.add_task("evaluate", total=own * len(self.sets) * len(groups))
             for task in c.tasks:
                 for number, gate_set in enumerate(self.sets):
                     quotas = self._quotas(task, gate_set)
                     for protocols in groups:
                         arms = [arm for p in protocols for arm in self._arms(p, quotas, first=number == 0)]
                         bar.update(work, description=f"{task} {' '.join(protocols[0].prefill)} seed {gate_set.seed}")
-                        for batch in self.runner.batches(c.task[task], c.split, c.seed, c.examples, c.batch_size):
-                            self._batch(task, batch, arms, gate_set)
-                            bar.advance(work)
+                        asked = (c.task[task], c.split, c.seed, counts[task], c.batch_size)
+                        for place, batch in enumerate(self.runner.batches(*asked, part=part)):
+                            self._batch(task, batch, arms, gate_set, first=number == place == part[0] == 0)
+                            bar.advance(work, len(batch.examples))
 
     def _arms(self, protocol: Protocol, quotas: dict[str, Any], *, first: bool) -> list[Arm]:
         """Arms of one gate set; what does not depend on gates runs with the first set only."""
@@ -81,31 +79,27 @@ class Session:
             counts[arm.budget] = mean_counts(cache.kept())
         return counts
 
-    def _batch(self, task: str, batch: Rendered, arms: list[Arm], gate_set: GateSet) -> None:
-        """Run what is missing of one batch and store its rows."""
+    def _batch(self, task: str, batch: Rendered, arms: list[Arm], gate_set: GateSet, *, first: bool) -> None:
+        """Run what is missing of one batch and store its rows; look at the first of a task."""
         ids = [example.id for example in batch.examples]
+        look = self.diagnostics if first else None
 
         def stored(arm: Arm) -> bool:
             seed = gate_set.seed if arm.needs_gates else None
             return self.store.has((task, arm.name, str(arm.protocol), arm.budget, seed), ids)
 
-        missing = [arm for arm in arms if not stored(arm) or self._pictured(arm)]
+        missing = [arm for arm in arms if not stored(arm) or (look is not None and look.wants(task, arm))]
         if not missing:
             return
         for arm, cache, rows in self.runner.run(batch, missing, gate_set.gates):
-            if self._pictured(arm):
-                self.survival[f"{arm.name} at {arm.budget}"] = survival(cache)
+            if look is not None and look.wants(task, arm):
+                look.note(task, arm, cache, batch)
             if not stored(arm):
                 seed = gate_set.seed if arm.needs_gates else None
                 known = {"task": task, "split": self.config.split, "seed_data": self.config.seed, "seed_train": seed}
                 self.store.add([known | row for row in rows])
-        if self.patches is None and gate_set.gates is not None and gate_set.gates.decays:
-            self.patches = look_at_patches(self.runner.model, batch, gate_set.gates)
-
-    def _pictured(self, arm: Arm) -> bool:
-        """Whether a picture still needs this arm's cache (also on a run that only adds rows)."""
-        first = arm.protocol == Protocol.parse(self.config.protocols[0])
-        return first and arm.budget == self.picture_budget and f"{arm.name} at {arm.budget}" not in self.survival
+        if look is not None:
+            look.note_contexts(task, batch, gate_set.gates)
 
 
 def _by_prefill(protocols: list[Protocol]) -> list[list[Protocol]]:

@@ -1,16 +1,18 @@
 """Intervals over contexts, and the summary of answer rows into one row per setting."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from retention.evaluation.equality import with_equality
+
 Row = dict[str, Any]
 Values = NDArray[np.float64]
-DRAWN_AT_ONCE = 1_000_000
+DRAWN_AT_ONCE, SIGNS_AT_ONCE = 1_000_000, 20_000_000
 SETTING = ("task", "policy", "scope", "protocol", "positions")
 
 
@@ -29,11 +31,16 @@ def _counts(rng: np.random.Generator, draws: int, units: int) -> Values:
     return np.bincount(picks.ravel(), minlength=draws * units).reshape(draws, units).astype(float)
 
 
-def _resampled(stack: Values, resamples: int, seed: int) -> Values:
-    """Means of stack [k, seeds, clusters] under the same draws of seeds, contexts: [k, draws]."""
-    k, seeds, clusters = stack.shape
+def _resampled(stack: Values, resamples: int, seed: int, member: Values | None = None) -> Values:
+    """Means of stack [k, seeds, contexts] under the same draws of seeds, clusters: [k, draws].
+
+    `member` [contexts, clusters] is 1 where a context belongs to a cluster; without it each is one of its own.
+    """
+    k, seeds, contexts = stack.shape
     present = np.isfinite(stack)
-    flat = np.concatenate([np.where(present, stack, 0.0), present]).reshape(2 * k * seeds, clusters)
+    flat = np.concatenate([np.where(present, stack, 0.0), present]).reshape(2 * k * seeds, contexts)
+    flat = flat if member is None else flat @ member
+    clusters = flat.shape[1]
     rng, chunk, parts = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // clusters), []
     for draws in (min(chunk, resamples - start) for start in range(0, resamples, chunk)):
         by_seed = _counts(rng, draws, seeds)[:, None, :]
@@ -68,22 +75,45 @@ def _paired(a: ArrayLike, b: ArrayLike) -> Values:
 
 
 def paired_difference(
-    a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Mean of a - b, [clusters] or [seeds, clusters] in the same order, with its interval."""
+    """Mean of a - b, [contexts] or [seeds, contexts] in the same order, with its interval.
+
+    `clusters` names what each context belongs to, by default itself.
+    """
     first, second = _paired(a, b)
-    gap = _matrix(first - second)
-    return float(np.nanmean(gap)), *_interval(_resampled(gap[None], resamples, seed)[0], level)
+    gap, member = _matrix(first - second), _members(clusters or ())
+    return float(np.nanmean(gap)), *_interval(_resampled(gap[None], resamples, seed, member)[0], level)
 
 
-def paired_p_value(a: ArrayLike, b: ArrayLike, *, flips: int = 20_000, seed: int = 0) -> float:
-    """Two-sided p of a sign-flip test that a - b, averaged over seeds, is 0 on average over contexts."""
+def paired_p_value(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    flips: int = 20_000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p of a sign-flip test that a - b, averaged over seeds, is 0 on average over contexts.
+
+    Contexts of one cluster flip together. On one right-or-wrong answer per context it is McNemar's exact test, drawn.
+    """
     first, second = _paired(a, b)
     gap = first - second
-    gap = np.nanmean(gap[:, np.isfinite(gap).any(axis=0)], axis=0)
-    signs = np.random.default_rng(seed).integers(2, size=(flips, len(gap))) * 2.0 - 1.0
-    extreme = np.abs(signs @ gap) >= np.abs(gap.sum()) - 1e-9
-    return float((1 + extreme.sum()) / (1 + flips))
+    known, member = np.isfinite(gap).any(axis=0), _members(clusters or ())
+    gap = np.nanmean(gap[:, known], axis=0)
+    gap = gap if member is None else gap @ member[known]
+    rng, chunk, extreme = np.random.default_rng(seed), max(1, SIGNS_AT_ONCE // len(gap)), 0
+    for count in (min(chunk, flips - start) for start in range(0, flips, chunk)):
+        signs = rng.integers(2, size=(count, len(gap))) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ gap) >= np.abs(gap.sum()) - 1e-9).sum())
+    return (1 + extreme) / (1 + flips)
 
 
 def retention_interval(
@@ -129,13 +159,28 @@ def _bounds(name: str, draws: Values) -> Row:
     return {f"{name}_low": low, f"{name}_high": high}
 
 
-def _accuracies(cube: Values, full: Values, resamples: int) -> Row:
+def _members(labels: Sequence[Hashable]) -> Values | None:
+    """1 where a context belongs to a cluster, [contexts, clusters], by the cluster's label; None where all are alone."""
+    names = {name: i for i, name in enumerate(dict.fromkeys(labels))}
+    if len(names) == len(labels):
+        return None
+    return np.eye(len(names))[[names[label] for label in labels]]
+
+
+def _membership(answers: dict[tuple, Row]) -> Values | None:
+    """Which context belongs to which cluster [contexts, clusters], in the order of a cube; None where all are alone."""
+    known = {key[1]: row.get("cluster", key[1]) for key, row in answers.items()}
+    contexts = sorted(known, key=lambda n: (n is None, n))
+    return _members([known[context] for context in contexts])
+
+
+def _accuracies(cube: Values, full: Values, resamples: int, member: Values | None) -> Row:
     """Accuracy, its turns and its comparison with the full cache, each with an interval."""
     own, unpaired = _over_turns(cube), (np.isfinite(cube) & ~np.isfinite(full)).any(axis=0)
     ref = np.where(unpaired, np.nan, _over_turns(full))
     paired = np.where(np.isfinite(ref), own, np.nan)
     stack = np.stack([own, paired, ref, paired - ref, _over_turns(cube[1:]), *cube])
-    mean, draws = [_mean(matrix.flat) for matrix in stack], _resampled(stack, resamples, 0)
+    mean, draws = [_mean(matrix.flat) for matrix in stack], _resampled(stack, resamples, 0, member)
     turns = [_bounds("turn", turn) for turn in draws[5:]]
     return {
         **{"accuracy": mean[0], "full_accuracy": mean[2], "diff_full": mean[3]},
@@ -155,13 +200,15 @@ def _counted(answers: dict[tuple, Row]) -> Row:
     rows, trained = list(answers.values()), sorted({key[0] for key in answers} - {None})
     seeds = trained or sorted({row["seed_data"] for row in rows})
     budget = {k: _mean(row["budget"][k] for row in rows) for k in ("resolved", "fraction")}
-    size = {k: _mean(row["bytes"][k] for row in rows) for k in ("full", "kept", "peak")}
+    size = {k: _mean(row["bytes"].get(k) for row in rows) for k in ("full", "kept", "kept_logical", "peak")}
     recall = {k: _mean(row["evidence_recall"][k] for row in rows) for k in ("any", "mean")}
     whole = {"budget_tokens": budget["resolved"]} | {f"kv_bytes_{k}": v for k, v in size.items()}
     return {
         **{name: rows[0][name] for name in SETTING},
         **{"budget": rows[0]["budget"]["requested"], "budget_fraction": budget["fraction"]},
         **{"n": len(rows), "n_contexts": len({key[1] for key in answers})},
+        "n_clusters": len({row.get("cluster", key[1]) for key, row in answers.items()}),
+        "comparable": all(row.get("comparable", True) for row in rows),
         **{"seed": seeds, "n_seeds": len(seeds), "chance": _mean(r["chance"] for r in rows)},
         **{f"evidence_recall_{name}": value for name, value in recall.items()},
         **{name: None if value is None else round(value) for name, value in whole.items()},
@@ -179,17 +226,17 @@ def _summary_row(answers: dict[tuple, Row], full: dict, resamples: int) -> Row:
     by_seed = {str(s): _mean(own) for s, own in zip(trained, _over_turns(cube), strict=False)}
     known = [accuracy for accuracy in by_seed.values() if accuracy is not None]
     row |= {"seed_spread": max(known) - min(known) if len(known) > 1 else None}
-    return row | {"seed_accuracy": by_seed} | _accuracies(cube, pair, resamples)
+    return row | {"seed_accuracy": by_seed} | _accuracies(cube, pair, resamples, _membership(answers))
 
 
 def _keyed(rows: Iterable[Row], allowed: int) -> Iterable[tuple[tuple, Row]]:
-    """Each row without an error beside its key (training seed, context, turn)."""
+    """Each scored row without an error beside its key (training seed, context, turn)."""
     rows = list(rows)
     errors = [row["error"] for row in rows if row["error"] is not None]
     if len(errors) > allowed:
         got = f"expected at most {allowed} rows with an error, got {len(errors)}: {errors[0]}"
         raise ValueError(f"{got}; run them again or pass allow_errors={len(errors)}")
-    for row in (row for row in rows if row["error"] is None):
+    for row in (row for row in rows if row["error"] is None and row.get("scored", True)):
         yield (row["seed_train"], (row["seed_data"], row["example_id"]), row["turn"]), row
 
 
@@ -207,4 +254,4 @@ def summarise(rows: Iterable[Row], *, allow_errors: int = 0, resamples: int = 10
             full[row["task"], None].setdefault(key[1:], float(row["score"]))
     summary = [_summary_row(answers, full, resamples) for answers in groups.values()]
     summary.sort(key=itemgetter("policy", "scope"))
-    return sorted(summary, key=lambda r: (r["task"], r["protocol"], -r["budget_fraction"]))
+    return with_equality(sorted(summary, key=lambda r: (r["task"], r["protocol"], -r["budget_fraction"])))

@@ -3,6 +3,7 @@
 import csv
 import html
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retention.evaluation.plots import (
-    accuracy_curves,
-    deferred_curve,
-    patch_strip,
-    survival_heatmap,
-)
-from retention.evaluation.report import table_markdown, table_text, write_report
+from retention.evaluation.claims import compare_all
+from retention.evaluation.depth import by_depth
+from retention.evaluation.maps import survival_heatmap
+from retention.evaluation.pareto import pareto_curves, pareto_front
+from retention.evaluation.plots import accuracy_curves, deferred_curve, depth_curve
+from retention.evaluation.report import report_markdown, write_report
 from retention.evaluation.statistics import summarise
+from retention.evaluation.tables import table_markdown, table_text
 
 AGNOSTIC = "agnostic/multi/after_prefill/original"
 AWARE = "aware/multi/after_prefill/original"
@@ -35,7 +36,7 @@ def turns(policy: str, scope: str, seed: int | None, budget: str, **changes: Any
             "score": float(rng.random() < 0.5 + fraction / 2), "kept": int(fraction * 1000),
             "seen": 100, "entries_full": 1000, "error": None,
             "budget": {"requested": budget, "resolved": int(100 * fraction), "fraction": fraction},
-            "evidence_recall": {"any": None, "mean": None},
+            "evidence_recall": {"any": None, "mean": None}, "depth": (context + 0.5) / 6,
             "bytes": {"full": 2048, "kept": int(fraction * 2048), "peak": 4 * 2**20},
         } | changes
         for context in range(6)
@@ -44,12 +45,16 @@ def turns(policy: str, scope: str, seed: int | None, budget: str, **changes: Any
 
 
 @pytest.fixture(scope="module")
-def summary() -> list[dict[str, Any]]:
+def rows() -> list[dict[str, Any]]:
     rows = turns("full", "per_head", None, "full")
     for policy, scope, seed in POLICIES:
         rows += turns(policy, scope, seed, "5%") + turns(policy, scope, seed, "20%")
     aware = turns("snapkv", "per_head", None, "5%", protocol=AWARE)
-    rows += [row | {"score": float(row["turn"] == 0)} for row in aware]
+    return rows + [row | {"score": float(row["turn"] == 0)} for row in aware]
+
+
+@pytest.fixture(scope="module")
+def summary(rows: list) -> list[dict[str, Any]]:
     return summarise(rows, resamples=100)
 
 
@@ -60,12 +65,52 @@ def numbers(picture: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+MANIFEST = {"caveats": ["One <small> model."], "model": {"name": "tiny"}, "seeds": [0, 1]}
+
+
 def page(folder: Path, summary: list[dict], **changes: Any) -> str:
-    manifest = {"caveats": ["One <small> model."], "model": {"name": "tiny"}, "seeds": [0, 1]}
-    told = {"title": "A & B", "manifest": manifest, "examples": None} | changes
+    told = {"title": "A & B", "manifests": {"one": MANIFEST}} | changes
     path = write_report(folder, summary=summary, **told)
     assert [file.name for file in folder.iterdir() if "report" in file.name] == ["report.html"]
     return path.read_text(encoding="utf-8")
+
+
+class Read(HTMLParser):
+    """What a page asks of the outside, and whether it is well formed and readable by a machine."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.asked: list[str] = []
+        self.pictures: list[dict] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        held = dict(attrs)
+        self.asked += [held[k] for k in ("src", "href", "action", "data") if k in held]
+        if tag == "img" or held.get("role") == "img":
+            self.pictures.append(held)
+        if tag not in ("meta", "img", "br", "link", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+
+
+def checked(text: str) -> Read:
+    read = Read(text)
+    assert all(asked.startswith(("data:", "#")) for asked in read.asked)
+    assert not re.search(r"https?://|url\((?!data:)|<link|@import", text)
+    assert all(picture.get("alt") or picture.get("aria-label") for picture in read.pictures)
+    assert 'name="viewport"' in text
+    return read
 
 
 def test_curves_draw_one_protocol_and_write_their_numbers(summary: list, tmp_path: Path) -> None:
@@ -108,32 +153,52 @@ def test_survival_writes_every_head(tmp_path: Path) -> None:
         survival_heatmap({}, tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("n", [1, 9, 16])
-def test_patch_strip_wraps_and_takes_endless_lives(n: int, tmp_path: Path) -> None:
-    life = np.full((n, 2, 2), 8.0)
-    life[0] = [[0.0, 1.0], [64.0, np.inf]]
-    evidence = life > 60
-    images = np.full((n, 8, 8, 3), 200, dtype=np.uint8)
-    drawn = numbers(patch_strip(images, life, tmp_path / "p.png", label="life", evidence=evidence))
-    assert len(drawn) == 4 * n
-    assert [row["evidence"] for row in drawn[:4]] == ["0", "0", "1", "1"]
+def test_the_pareto_front_is_what_nothing_beats(summary: list, tmp_path: Path) -> None:
+    points = [
+        {"kv_bytes_kept": size, "accuracy": accuracy} for size, accuracy in ((4, 0.5), (2, 0.4), (4, 0.6), (8, 0.6))
+    ]
+    assert [(row["kv_bytes_kept"], row["accuracy"]) for row in pareto_front(points)] == [(2, 0.4), (4, 0.6)]
+    drawn = numbers(pareto_curves(summary, tmp_path / "pareto.png"))
+    assert len(drawn) == 7
+    assert {row["on_front"] for row in drawn} == {"0", "1"}
+    assert next(row for row in drawn if row["policy"] == "full")["on_front"] == "0"
 
 
-def test_patch_strip_refuses_more_than_two_rows(tmp_path: Path) -> None:
-    images = np.zeros((17, 8, 8, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match="16 images"):
-        patch_strip(images, np.ones((17, 2, 2)), tmp_path / "p.png", label="life")
+def test_depth_is_counted_in_fifths(rows: list, tmp_path: Path) -> None:
+    depths = by_depth(rows, resamples=50)
+    own = [row for row in depths if (row["policy"], row["budget"]) == ("gates", "5%")]
+    assert [row["depth"] for row in own] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert [row["n_contexts"] for row in own] == [1, 1, 2, 1, 1]
+    expected = [
+        float(r["score"])
+        for r in rows
+        if (r["policy"], r["budget"]["requested"], r["example_id"]) == ("gates", "5%", "c5")
+    ]
+    assert own[-1]["accuracy"] == pytest.approx(np.mean(expected))
+    drawn = numbers(depth_curve(depths, tmp_path / "d.png", "needle", budget="5%", protocol=AGNOSTIC))
+    assert {row["policy"] for row in drawn} == {"gates", "snapkv", "full"}
+    assert by_depth([row | {"depth": None} for row in rows]) == []
 
 
-def test_page_is_self_contained_and_escaped(summary: list, tmp_path: Path) -> None:
+def test_page_is_self_contained_and_escaped(rows: list, summary: list, tmp_path: Path) -> None:
     accuracy_curves(summary, tmp_path / "curves.png")
-    text = page(tmp_path, summary)
+    text = page(tmp_path, summary, claims=compare_all(rows, summary))
+    read = checked(text)
     assert "A &amp; B" in text
     assert "One &lt;small&gt; model." in text
     assert text.count("data:image/png;base64,") == 1
-    assert not re.search(r"https?://|<script|<link", text)
     assert "model.name" in text
     assert "caveats</code>" not in text
+    assert [name for name in read.headings if name != "A & B"] == ["Accuracy by budget", "What may be said", "Pictures", "Manifest"]  # fmt: skip
+
+
+def test_runs_that_differ_are_listed_side_by_side(summary: list, tmp_path: Path) -> None:
+    other = MANIFEST | {"model": {"name": "large"}, "caveats": ["Another caveat."]}
+    text = page(tmp_path, summary, manifests={"one": MANIFEST, "two": other})
+    row = re.search(r"<code>model.name</code></th>(.*?)</tr>", text).group(1)
+    assert re.findall(r"<td>(\w+)</td>", row) == ["tiny", "large"]
+    assert "<code>seeds</code></th><td>[0, 1]</td><td>" not in text
+    assert "Another caveat." in text
 
 
 def test_page_shows_every_setting_and_the_full_cache(summary: list, tmp_path: Path) -> None:
@@ -146,18 +211,9 @@ def test_page_shows_every_setting_and_the_full_cache(summary: list, tmp_path: Pa
     assert "1 training seed" in text
 
 
-def test_page_shows_example_turns(summary: list, tmp_path: Path) -> None:
-    told = {"example_id": "c3", "turn": 1, "question": "Which <b>?", "answer": "7"}
-    told["predictions"] = {"gates, global": "7", "snapkv": "<none>"}
-    text = page(tmp_path, summary, examples=[told, told | {"task": "x", "scores": {"snapkv": 0}}])
-    assert "Which &lt;b&gt;?" in text
-    assert "&lt;none&gt;" in text
-    assert text.count("(score 0)") == 1
-
-
 def test_page_needs_its_folder(summary: list, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="create it first"):
-        write_report(tmp_path / "no", summary=summary, manifest={}, title="t", examples=None)
+        write_report(tmp_path / "no", summary=summary, manifests={"one": {}}, title="t")
 
 
 def test_tables_survive_missing_numbers(tmp_path: Path) -> None:
@@ -174,7 +230,7 @@ def test_markdown_has_policies_down_and_budgets_across(summary: list) -> None:
     assert lines[0].startswith(f"**needle**, `{AGNOSTIC}`: full cache ")
     assert lines[2] == "| policy | scope | 20% | 5% |"
     assert [line.split(" | ")[:2] for line in lines[4:7]] == [
-        ["| gates", "global"],
+        ["| gates", "global, one seed"],
         ["| snapkv", "global"],
         ["| snapkv", "per head"],
     ]
@@ -186,3 +242,25 @@ def test_text_fits_a_terminal(summary: list) -> None:
     for rows in (summary, wide):
         assert max(len(line) for line in table_text(rows).splitlines()) <= 110
     assert len(re.findall(r"\[\d\.\d\d, \d\.\d\d\]", table_text(summary))) == len(summary)
+
+
+def test_markdown_report_has_tables_claims_and_caveats(rows: list, summary: list) -> None:
+    text = report_markdown(summary, compare_all(rows, summary), {"one": MANIFEST}, "Title")
+    assert text.startswith("# Title\n\n- One <small> model.\n")
+    assert table_markdown(summary) in text
+    assert "| p (Holm) | verdict | n | seeds |" in text
+
+
+def test_a_table_without_chance_eviction_says_so_and_names_it_where_it_is(rows: list, summary: list) -> None:
+    assert "random+protect was not run" in table_markdown(summary)
+    both = summarise([*rows, *turns("random", "per_head", None, "5%")], resamples=50)
+    agnostic = [row for row in both if row["protocol"] == AGNOSTIC]
+    assert "random+protect was not run" not in table_markdown(agnostic)
+    assert "| random+protect |" in table_markdown(agnostic)
+
+
+def test_unequal_entries_are_marked(rows: list) -> None:
+    over = [row | {"kept": row["kept"] * 1.05} if row["policy"] == "gates" else row for row in rows]
+    text = table_markdown(summarise(over, resamples=50))
+    assert text.count("**entries x1.050**") == 2
+    assert "2 rows keep over 1% more or fewer entries than asked for" in text

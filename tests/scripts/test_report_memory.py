@@ -60,7 +60,6 @@ def test_a_miniature_measures_every_arm_and_goes_on_where_it_was(script, tmp_pat
     assert "### recall, trim_kv" in text
     assert "| retentive | stays within 1 point" in text
     monkeypatch.setattr(script.Runner, "_rows", lambda *_: pytest.fail("asked again"))
-    monkeypatch.setattr(script.Session, "_pictured", lambda *_: False)
     script.main(arguments)
     again = json.loads((tmp_path / "r.json").read_text())
     assert again["rows"] == told["rows"]

@@ -12,7 +12,7 @@ from tests import hub, zoo
 from tests.tasks.fixtures import images, task_of, texts
 
 datasets = pytest.importorskip("datasets")
-POLICIES = ("keydiff", "streaming_llm")
+POLICIES = ("keydiff", "streaming_llm", "random")
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def text_model():
 
 
 def evaluated(name, model, folder, *, number=0, more=(), **changes):
-    """Rows and summary of the fixture of a benchmark under the full cache and two policies."""
+    """Rows and summary of the fixture of a benchmark under the full cache and three policies."""
     task = task_of(name, {**texts.FIXTURES, **images.FIXTURES}[name][number], folder / "data", **changes)
     asked = {key: value for key, value in vars(task).items() if key != "rows" and value is not None}
     settings = [f"task.{name}.{key}={json.dumps(value)}" for key, value in asked.items()]
@@ -60,7 +60,7 @@ CASES = [
 def test_every_row_is_answered_under_every_policy(name, model, changes, contexts, turns, tmp_path):
     rows, summary, result = evaluated(name, model, tmp_path, **changes)
     assert {row["policy"] for row in rows} == {"full", *POLICIES}
-    assert len(rows) == 3 * contexts * turns
+    assert len(rows) == 4 * contexts * turns
     for row in rows:
         assert row["error"] is None
         assert 0 <= row["score"] <= 1
@@ -68,7 +68,7 @@ def test_every_row_is_answered_under_every_policy(name, model, changes, contexts
         assert row["task"] == name
         if row["policy"] != "full":
             assert row["kept"] < 0.4 * row["entries_full"]
-    assert len(summary["rows"]) == 3
+    assert len(summary["rows"]) == 4
     assert name in result.table
     if name == "video_mme":
         assert {row["cluster"] for row in rows} == {"abc", "xyz"}

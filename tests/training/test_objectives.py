@@ -394,7 +394,7 @@ def test_the_command_line_trains_exports_evaluates_and_refuses(tmp_path):
     small = [word.replace("task.", "task.ask_subset.") for word in SMALL]
     cells = [f"gates={gates}", "budgets=[25%]", "examples=2", "quota_examples=2", *small]
     result = evaluate(compose("eval", [*cells, "policies=[kvzap,quota+knorm]", f"output_dir={tmp_path / 'eval'}"]))
-    assert [row["policy"] for row in result.summary] == ["full", "kvzap", "quota+knorm"]
+    assert [row["policy"] for row in result.summary] == ["full", "kvzap", "quota+knorm", "random"]
     with pytest.raises(ValueError, match="policy db_trim_kv ranks by gates trained with objective distillation"):
         evaluate(compose("eval", [*cells, "policies=[db_trim_kv]", f"output_dir={tmp_path / 'other'}"]))
     command = [sys.executable, "scripts/export_gates.py", str(next(gates.parent.glob("checkpoints/*.ckpt")))]
