@@ -1,0 +1,1 @@
+"""Other people's evaluation harnesses over evicting caches; leaves that nobody imports."""
