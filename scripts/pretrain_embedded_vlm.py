@@ -21,6 +21,8 @@ import torch
 import transformers as hf
 from embedded_parts import ASK, BOS, CELL0, DIGIT0, END, IMAGE, KEY0, PATCHES, START, build_model, build_processor
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -277,11 +279,24 @@ def held_out(model: nn.Module) -> dict[str, float]:
     return report
 
 
+def name_as_published(file: Path) -> None:
+    """The tower's weights under the names that LLaVA checkpoints of the hub have, which every transformers reads."""
+    with safe_open(file, "pt") as held:
+        tensors, metadata = {name: held.get_tensor(name) for name in held.keys()}, held.metadata()  # noqa: SIM118
+    tower, level = "vision_tower.", "vision_tower.vision_model."
+    named = {
+        level + name.removeprefix(tower) if name.startswith(tower) and not name.startswith(level) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(named, file, metadata=metadata)
+
+
 def export(run: Run, out: Path, report: dict) -> None:
     """Write model, processor and training record to a temporary folder, then swap it in."""
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     run.model.save_pretrained(fresh)
+    name_as_published(fresh / "model.safetensors")
     build_processor().save_pretrained(fresh)
     record = {
         "seed": run.seed,

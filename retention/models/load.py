@@ -106,7 +106,9 @@ def load_frozen(
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         placed["attn_implementation"] = "eager"  # some versions would leave the cap out of fused attention in silence
     factory = AutoModelForImageTextToText if visual else AutoModelForCausalLM
-    model: Any = _needing("accelerate", factory.from_pretrained, source, dtype=dtype, revision=revision, **placed)
+    told: dict[str, Any] = {"dtype": dtype, "revision": revision, "output_loading_info": True, **placed}
+    model, found = _needing("accelerate", factory.from_pretrained, source, **told)
+    _check_whole(name, found)
     if device_map is None and quantization == "none":
         model.to(pick_device(device))
     if adapter is not None:
@@ -114,6 +116,20 @@ def load_frozen(
     model.config.name_or_path = (name if adapter is None or adapter == name else f"{name} with {adapter}")  # fmt: skip
     processor = _processor(source, visual, config.model_type, revision)
     return model.eval().requires_grad_(False), processor
+
+
+def _check_whole(name: str, found: Any) -> None:
+    """Refuse a checkpoint that lacks weights of the model, which would start at random numbers.
+
+    Raises:
+        ValueError: naming how many, and one of them.
+    """
+    missing = sorted(str(key) for key in found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the checkpoint {name!r} lacks {len(missing)} of the model's weights, e.g. {missing[0]}, which would be random; "
+            "check that it is whole, or that this transformers knows its names"
+        )
 
 
 def _processor(source: str, visual: bool, model_type: str, revision: str | None) -> Any:

@@ -222,3 +222,21 @@ def test_a_decoder_on_two_devices_is_refused():
     model.get_decoder().layers[1].to("meta")
     with pytest.raises(ValueError, match="decoder on one device, got cpu, meta"):
         RetentionGates.for_model(DBTrim(gate_hidden=8), model)
+
+
+def test_the_embedded_model_is_whole():
+    """Under every transformers that is admitted: its tower sees, and its weights have the names that all of them read."""
+    model, _ = load_frozen("embedded", device="cpu")
+    tower = [p for name, p in model.named_parameters() if "vision_tower" in name]
+    assert sum(float(p.double().abs().sum()) for p in tower) == pytest.approx(4489.910013703032, rel=1e-9)
+
+
+def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
+    model = zoo.loaded("llama")[0]
+    kept = {name: x for name, x in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    hub.tokenizer({}).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"lacks 3 of the model's weights, e.g. model.layers.1.mlp.down_proj.weight, which"
+    ):
+        load_frozen(str(tmp_path), device="cpu")
