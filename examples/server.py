@@ -85,12 +85,11 @@ def create(pipe: Pipeline, pool: Pool, name: str = "retention") -> FastAPI:
             for text in answer:
                 if text:
                     yield chunk(id, {"content": text})
+            chats.keep(request, conversation, answer.text)
             yield chunk(id, {}, answer.reason)
             yield "data: [DONE]\n\n"
-        finally:  # also where the client is gone
+        finally:  # where the client is gone, at any time and in any thread: so nothing here may wait for a lock
             answer.cancel()
-            if answer.reason in ("stop", "length"):
-                chats.keep(request, conversation, answer.text)
 
     @app.post("/v1/chat/completions", response_model=None)
     def complete(request: Request) -> JSONResponse | StreamingResponse:

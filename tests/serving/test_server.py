@@ -1,5 +1,6 @@
 """The example server under load: many conversations in bounded memory, none lost, slow and vanishing clients."""
 
+import gc
 import json
 import threading
 import time
@@ -107,6 +108,24 @@ def test_slow_and_vanishing_clients_hold_nobody_up(pipe):
         next(got.iter_lines())
     assert len(pool) == 1  # what was cut off is not kept
     assert answer_of(ask(client, [user("And what?")]))["content"]
+
+
+def test_a_stream_that_is_thrown_away_waits_for_no_lock(pipe):
+    """It may be collected in a thread that holds the pool's."""
+    client, pool = client_of(pipe)
+    told = {"messages": [user("Where?")], "stream": True, **NEW}
+    for _ in range(3):
+        with client.stream("POST", "/v1/chat/completions", json=told) as got:
+            next(got.iter_lines())
+
+    def collect():
+        with pool._lock:
+            gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_bad_requests_are_told(pipe):
