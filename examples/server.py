@@ -5,7 +5,8 @@
     python examples/server.py --policy keydiff --budget 10%            # the embedded model, a heuristic
 
 Clients send the whole chat each time, as that interface has it; a conversation that the server knows goes on over its
-cache, so that only the new messages are read. Idle conversations hold at most --pool bytes; the oldest are kept on disk
+cache, so that only the new messages are read. Where --gates is a folder with several gate sets, a request's model names
+the one that its conversation is scored by, by default the first. Idle conversations hold at most --pool bytes; the oldest are kept on disk
 below --folder. An answer whose client is gone ends with the step under way. (transformers' own server makes its caches
 itself and takes no other, so this one stands beside it.)
 """
@@ -51,28 +52,34 @@ class Request(BaseModel):
 class Chats:
     """Finds the conversation that a request goes on with, and keeps it for the next one."""
 
-    def __init__(self, pipe: Pipeline, pool: Pool) -> None:
+    def __init__(self, pipe: Pipeline, pool: Pool, name: str) -> None:
         self.pipe, self.pool = pipe, pool
+        self.models = [name, *pipe.gate_sets]
+        """What a request may name: the model under its first gates, or a gate set."""
+
+    def gates(self, request: Request) -> str | None:
+        """The gate set that a request asks for."""
+        return None if request.model in (None, self.models[0]) else request.model
 
     def begin(self, request: Request) -> tuple[Answer, Conversation]:
         """The answer under way."""
         messages = request.messages
         known = None
         if len(messages) > 2 and messages[-2].get("role") == "assistant":
-            known = self.pool.take(digest(messages[:-1]))
-        conversation = known or self.pipe.conversation()
+            known = self.pool.take(digest(messages[:-1], self.gates(request)))
+        conversation = known or self.pipe.conversation(self.gates(request))
         answer = conversation.stream(messages[-1:] if known else messages, **request.decoding())
         return answer, conversation
 
     def keep(self, request: Request, conversation: Conversation, said: str) -> None:
         """For the next request, which will hold this answer."""
         messages = [*request.messages, {"role": "assistant", "content": said}]
-        self.pool.put(digest(messages), conversation)
+        self.pool.put(digest(messages, self.gates(request)), conversation)
 
 
 def create(pipe: Pipeline, pool: Pool, name: str = "retention") -> FastAPI:
     """The application."""
-    app, chats = FastAPI(title="retention"), Chats(pipe, pool)
+    app, chats = FastAPI(title="retention"), Chats(pipe, pool, name)
 
     def chunk(id: str, delta: dict[str, Any], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -93,6 +100,8 @@ def create(pipe: Pipeline, pool: Pool, name: str = "retention") -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=None)
     def complete(request: Request) -> JSONResponse | StreamingResponse:
+        if request.model not in (None, *chats.models):
+            raise HTTPException(404, f"expected a model among {', '.join(chats.models)}, got {request.model!r}")
         try:
             answer, conversation = chats.begin(request)
         except ValueError as error:
@@ -113,7 +122,8 @@ def create(pipe: Pipeline, pool: Pool, name: str = "retention") -> FastAPI:
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "retention"}]}
+        data = [{"id": one, "object": "model", "owned_by": "retention"} for one in chats.models]
+        return {"object": "list", "data": data}
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -126,7 +136,7 @@ def main() -> None:
     """Load, and serve until stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--gates")
+    parser.add_argument("--gates", help="an artefact, or a folder of several")
     parser.add_argument("--policy")
     parser.add_argument("--budget", default="256MiB", help="of one conversation")
     parser.add_argument("--pool", default="4GiB", help="bytes that idle conversations hold together")

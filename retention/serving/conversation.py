@@ -26,8 +26,9 @@ FILE = "conversation.json"
 class Conversation:
     """Messages and answers over one evicting cache; one answer at a time."""
 
-    def __init__(self, owner: "Pipeline", cache: EvictingCache) -> None:
-        self.owner, self.cache = owner, cache
+    def __init__(self, owner: "Pipeline", cache: EvictingCache, gates: str | None = None) -> None:
+        """`gates` names the set that scores the cache's tokens."""
+        self.owner, self.cache, self.gates = owner, cache, gates
         self.messages: list[Message] = []
         """What was said so far, images as places."""
         self.last: int | None = None
@@ -108,7 +109,7 @@ class Conversation:
         """An independent continuation, its cache a copy."""
         self._take()
         try:
-            other = Conversation(self.owner, self.cache.fork())
+            other = Conversation(self.owner, self.cache.fork(), self.gates)
             other.messages, other.last = list(self.messages), self.last
         finally:
             self._free.release()
@@ -123,24 +124,27 @@ class Conversation:
             file = folder / f"cache-{uuid4().hex}.safetensors"
             if self.messages:
                 self.cache.save(file)
-            write_json(folder / FILE, {"format": 1, "messages": self.messages, "last": self.last, "cache": file.name})
+            state = {"format": 1, "gates": self.gates, "messages": self.messages, "last": self.last, "cache": file.name}
+            write_json(folder / FILE, state)
             for old in set(folder.glob("cache-*.safetensors")) - {file}:
                 old.unlink()
         finally:
             self._free.release()
 
-    def restore(self, folder: str | Path) -> None:
-        """Go on with a saved conversation in place of this one.
 
-        Raises:
-            ValueError: where there is none, or it does not fit the model.
-        """
-        file = Path(folder) / FILE
-        try:
-            state = json.loads(file.read_text())
-            name, messages, last = state["cache"], state["messages"], state["last"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"expected a saved conversation in {folder}, got none that can be read") from error
-        if messages:
-            self.cache.restore(Path(folder) / Path(name).name)
-        self.messages, self.last = messages, last
+def resumed(owner: "Pipeline", folder: str | Path) -> Conversation:
+    """A saved conversation; one that was saved without the name of a gate set goes on under the first.
+
+    Raises:
+        ValueError: where there is none, or it fits neither the model nor a gate set.
+    """
+    try:
+        state = json.loads((Path(folder) / FILE).read_text())
+        name, messages, last, gates = state["cache"], state["messages"], state["last"], state.get("gates")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a saved conversation in {folder}, got none that can be read") from error
+    found = owner.conversation(gates)
+    if messages:
+        found.cache.restore(Path(folder) / Path(name).name)
+    found.messages, found.last = messages, last
+    return found

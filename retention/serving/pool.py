@@ -13,9 +13,9 @@ from retention.serving.conversation import FILE, Conversation
 from retention.serving.pipeline import Pipeline
 
 
-def digest(messages: list[dict[str, Any]]) -> str:
-    """Names a chat by its content, images included, as a client sends it again and again."""
-    return hashlib.sha256(json.dumps(messages, sort_keys=True, default=str).encode()).hexdigest()
+def digest(messages: list[dict[str, Any]], gates: str | None) -> str:
+    """Names a chat by its content, images included, as a client sends it again and again, and by its gate set."""
+    return hashlib.sha256(json.dumps([gates, messages], sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Pool:

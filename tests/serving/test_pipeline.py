@@ -171,13 +171,13 @@ def test_gates_choose_their_policy_and_bytes_bound_a_conversation(tmp_path):
     gates = RetentionGates.for_model(DBTrim(gate_hidden=8), model)
     gates.save_pretrained(tmp_path / "gates")
     with opened(gates=tmp_path / "gates", policy=None, budget="16KiB") as pipe:
-        assert pipe._empty.policy == POLICIES["db_trim_kv"]()
         talk = pipe.conversation()
+        assert talk.cache.policy == POLICIES["db_trim_kv"]()
         talk.say("What is it? " * 20, **NEW)
         assert talk.cache.bytes().logical_total < 32 * 1024
     own = CacheConfig(Budget(9.0))
     with pipeline("text-generation", model=model, processor=processor, policy="knorm", cache=own) as pipe:
-        assert pipe._empty.config is own
+        assert pipe.conversation().cache.config is own
 
 
 @pytest.mark.parametrize(
