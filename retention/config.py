@@ -4,12 +4,13 @@ The dataclasses are the schemas; the files of `configs/` only differ from their 
 """
 
 import json
+import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,9 +32,10 @@ from retention.policies import POLICIES
 from retention.tasks import TASKS
 from retention.training.config import DataConfig, TrainConfig, TrainerConfig
 
-_CHECKOUT = Path(__file__).parents[1] / "configs"
 _SHIPPED = Path(__file__).with_name("configs")
-CONFIG_DIR = _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
+IN_CHECKOUT = not _SHIPPED.is_dir()
+"""Whether `train.py` and `eval.py` are beside the package."""
+CONFIG_DIR = Path(__file__).parents[1] / "configs" if IN_CHECKOUT else _SHIPPED
 """The YAML files: beside the package in a checkout, inside it where it was installed from a wheel."""
 _GROUPS: dict[str, Mapping[str, Any]] = {
     "policy": POLICIES,
@@ -54,19 +57,29 @@ def presets(group: str) -> list[str]:
 
 def register() -> None:
     """Make the schemas known to Hydra, and tables of all policies and all tasks for `eval.yaml`."""
+    _register_roots()
+    for group, table in _GROUPS.items():
+        for name, schema in table.items():
+            _register_schema(group, name, schema)
+
+
+@cache
+def _register_roots() -> None:
     store = ConfigStore.instance()
     train = OmegaConf.structured(TrainConfig)
     for part in ("gate", "objective", "task", "memory"):
         train[part] = MISSING
     store.store(name="train_schema", node=train)
     store.store(name="eval_schema", node=EvalConfig)
-    for group, table in _GROUPS.items():
-        for name, schema in table.items():
-            store.store(group=group, name=f"{name}_schema", node=schema)
     store.store(name="tables", node=_tables())
 
 
 @cache
+def _register_schema(group: str, name: str, schema: Any) -> None:
+    """Each once: Hydra keeps them and hands out copies, and turning all into nodes is half of a composition's time."""
+    ConfigStore.instance().store(group=group, name=f"{name}_schema", node=schema)
+
+
 def _tables() -> dict[str, dict[str, DictConfig]]:
     """Every preset of policies and tasks by name; merged here, since Hydra takes seconds for so many."""
     return {group: {name: _preset(group, name) for name in presets(group)} for group in ("policy", "task")}
@@ -90,28 +103,12 @@ def to_config(config: DictConfig) -> TrainConfig | EvalConfig:
         ValueError: with one sentence, for a value no check accepts.
     """
     try:
+        for name in (name for name, known in _settings(config) if not known):  # added with a +
+            raise ValueError(f"expected a setting, got {name!r}; --help lists all")
         return OmegaConf.to_object(config)  # type: ignore[return-value]  # the root schema decides the class
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{where}{str(error).splitlines()[0]}") from error
-
-
-def eval_command(config: TrainConfig, artefact: Path) -> str:
-    """The shell's line that evaluates trained gates on the model and the task of their run, where eval.py differs."""
-    with _aside():
-        usual = compose("eval")
-    assert isinstance(usual, EvalConfig)
-    model = config.model
-    if config.trainer.lora_rank:
-        model = replace(model, adapter=str(artefact.parent / "adapter"))
-    given = {"gates": str(artefact)} | _differing(model, usual.model, "model")
-    alike = [name for name, task in usual.task.items() if type(task) is type(config.task)]
-    task = min(alike, key=lambda name: len(_differing(config.task, usual.task[name], "")))
-    given |= _differing(config.task, usual.task[task], f"task.{task}")
-    if usual.tasks != [task]:
-        given["tasks"] = [task]
-    start = ["python", "eval.py"] if CONFIG_DIR == _CHECKOUT else ["retention-eval"]
-    return shlex.join([*start, *(f"{name}={_written(value)}" for name, value in given.items())])
 
 
 @contextmanager
@@ -125,14 +122,12 @@ def _aside() -> Iterator[None]:
         state.hydra = running
 
 
-def _differing(own: Any, usual: Any, prefix: str) -> dict[str, Any]:
-    """Fields of a dataclass that are not as usual, by dotted names."""
-    values = {field.name: getattr(own, field.name) for field in fields(own)}
-    return {f"{prefix}.{name}": value for name, value in values.items() if value != getattr(usual, name)}
+def override(name: str, value: Any) -> str:
+    """A setting as Hydra's command line reads it."""
+    return f"{name}={_written(value)}"
 
 
 def _written(value: Any) -> str:
-    """A value as Hydra's overrides read it."""
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z_/.][\w/.:@+-]*", value) and value.lower() not in (
             "null",
@@ -146,16 +141,17 @@ def _written(value: Any) -> str:
 
 
 def compose(root: str, overrides: Sequence[str] = ()) -> TrainConfig | EvalConfig:
-    """Compose `train` or `eval` with overrides, as the entry points do; for tests and scripts."""
+    """Compose `train` or `eval` with overrides, as the entry points do, also in the middle of one."""
     register()
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with _aside(), hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return to_config(hydra.compose(root, list(overrides)))
 
 
 def command_line(root: str, task: Callable[[Any], None]) -> None:
     """Compose `train` or `eval` from the command line, Hydra's flags and sweeps included, and hand the config to `task`.
 
-    A `ValueError`, from the checks of the settings or from the task, ends the process with its one sentence.
+    A `ValueError`, from the checks of the settings or from the task, ends the process with its one sentence, and so do
+    settings that Hydra refuses.
     """
 
     def job(composed: DictConfig) -> None:
@@ -165,4 +161,37 @@ def command_line(root: str, task: Callable[[Any], None]) -> None:
             sys.exit(f"error: {error}")
 
     register()
-    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=root)(job)()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # by which Hydra raises what it would print over many lines
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=root)(job)()
+    except OverrideParseException as error:
+        told = f"expected name=value, got {error.override!r}; put values with brackets, spaces or commas in quotes"
+        sys.exit(f"error: {told}")
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        sys.exit(f"error: expected {group} among {', '.join(presets(group))}, got {name!r}")
+    except ConfigCompositionException as error:
+        sys.exit(f"error: {_refused(root, error)}")
+
+
+def _refused(root: str, error: ConfigCompositionException) -> str:
+    """Why a setting cannot be what it is given, or which name might have been meant."""
+    key, why = getattr(error.__cause__, "full_key", None), str(error.__cause__ or error).splitlines()[0]
+    with _aside(), hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        known = [name for name, _ in _settings(hydra.compose(root))]
+    if key is None or key in known:
+        return f"{key}: {why}" if key else why
+    near = get_close_matches(key, known)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"expected a setting, got {key!r}; {meant}--help lists all"
+
+
+def _settings(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Dotted names of all values of a composed config and of their groups, and whether the schema knows them."""
+    kind = OmegaConf.get_type(config)
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(config)
+    for key, value in config.items_ex(resolve=False):
+        name = str(key)
+        yield f"{prefix}{name}", name in known
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            yield from _settings(value, f"{prefix}{name}.")

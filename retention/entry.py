@@ -1,8 +1,12 @@
 """The commands `retention-train` and `retention-eval`; in a checkout `train.py` and `eval.py` are the same."""
 
+import shlex
 import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
-from retention.config import command_line, eval_command
+from retention.config import IN_CHECKOUT, command_line, compose, override
 from retention.evaluation.config import EvalConfig
 from retention.training.config import TrainConfig
 
@@ -40,6 +44,29 @@ def _train(config: TrainConfig) -> None:
     artefact = run(config)
     if rank() == 0:
         sys.stdout.write(f"gates: {artefact}\nevaluate them: {eval_command(config, artefact)}\n")
+
+
+def eval_command(config: TrainConfig, artefact: Path) -> str:
+    """The shell's line that evaluates trained gates on the model and the task of their run, where eval.py differs."""
+    usual = compose("eval")
+    assert isinstance(usual, EvalConfig)
+    model = config.model
+    if config.trainer.lora_rank:
+        model = replace(model, adapter=str(artefact.parent / "adapter"))
+    given = {"gates": str(artefact)} | _differing(model, usual.model, "model")
+    alike = [name for name, task in usual.task.items() if type(task) is type(config.task)]
+    task = min(alike, key=lambda name: len(_differing(config.task, usual.task[name], "")))
+    given |= _differing(config.task, usual.task[task], f"task.{task}")
+    if usual.tasks != [task]:
+        given["tasks"] = [task]
+    start = ["python", "eval.py"] if IN_CHECKOUT else ["retention-eval"]
+    return shlex.join([*start, *(override(name, value) for name, value in given.items())])
+
+
+def _differing(own: Any, usual: Any, prefix: str) -> dict[str, Any]:
+    """Fields of a dataclass that are not as usual, by dotted names."""
+    values = {field.name: getattr(own, field.name) for field in fields(own)}
+    return {f"{prefix}.{name}": value for name, value in values.items() if value != getattr(usual, name)}
 
 
 def _evaluate(config: EvalConfig) -> None:

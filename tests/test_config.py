@@ -1,6 +1,5 @@
 """Every YAML composes into live objects, and a mistake in an override fails by name."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import yaml
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from retention.cache.config import CacheConfig
-from retention.config import CONFIG_DIR, compose
+from retention.config import CONFIG_DIR, command_line, compose
 from retention.evaluation.config import EvalConfig
 from retention.gates import GATES
 from retention.models.load import ModelConfig
@@ -159,8 +158,32 @@ def test_unknown_presets_list_the_known_ones() -> None:
     assert "gate/nope" in str(caught.value)
 
 
-def test_command_line_shows_its_config() -> None:
-    command = [sys.executable, "train.py", "--cfg", "job", "trainer.max_steps=5"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["trainer"]["max_steps"] == 5
+def test_command_line_shows_its_config(monkeypatch, capsys) -> None:
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # else train.log stays open
+    monkeypatch.setattr(sys, "argv", ["train.py", "--cfg", "job", *quiet, "trainer.max_steps=5"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which is set anyway, and taken back behind the test
+    command_line("train", pytest.fail)
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trainer.max_stepss=3"], r"got 'trainer.max_stepss'; did you mean trainer.max_steps or"),
+        (["gate=nope"], "expected gate among dbtrim, dbtrim_scalar, .*, got 'nope'"),
+        (["trainer.max_steps=many"], "trainer.max_steps: Value 'many' of type 'str'"),
+        (["trainer.max_steps"], "expected name=value, got 'trainer.max_steps'"),
+    ],
+    ids=str,
+)
+def test_a_refused_setting_is_told_in_one_sentence(words, told, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which is set anyway, and taken back behind the test
+    with pytest.raises(SystemExit, match=f"^error: .*{told}") as caught:
+        command_line("train", pytest.fail)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_that_no_field_stands_for_cannot_be_added() -> None:
+    with pytest.raises(ValueError, match="expected a setting, got 'trainer.foo'"):
+        compose("train", ["+trainer.foo=3"])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from retention.config import compose, eval_command
+from retention.config import compose
+from retention.entry import eval_command
 from retention.training.run import run
 from tests.training import test_own_data
 
