@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(VENV)/.installed-
 INCLUDES_test := wandb
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INCLUDES_dev := test wandb
 
 .DEFAULT_GOAL := help

@@ -1,9 +1,28 @@
 """Shared fixtures. Nothing here imports `retention` at module level: the type checker must be installed first."""
 
+import gc
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # tensors here are tiny: a second thread only waits for the first
+
+LONGEST = ("training", "scripts", "evaluation")
+"""Folders whose files run for longest. They start first, lest one process ends alone with them."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    """Set aside all that lives until the end: each full collection walked through it, for a second or so."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # nanobind would report what is never collected as leaks
 
 
 @pytest.fixture(scope="session")

@@ -185,5 +185,5 @@ def test_a_refused_setting_is_told_in_one_sentence(words, told, monkeypatch) -> 
 
 
 def test_a_setting_that_no_field_stands_for_cannot_be_added() -> None:
-    with pytest.raises(ValueError, match="expected a setting, got 'trainer.foo'"):
+    with pytest.raises(ValueError, match=r"expected a setting, got 'trainer\.foo'"):
         compose("train", ["+trainer.foo=3"])

@@ -71,8 +71,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_what_was_good(tmp_path, monkey
     assert all(torch.isfinite(x).all() for x in state.values())
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    """As a queue does it: one command with resume=auto, terminated and started again, ends as if never stopped."""
+    """As a queue does it: the same settings with resume=auto, terminated and started again, end as if never stopped."""
     longer = ["trainer.max_steps=30", "trainer.val_every=30", "trainer.save_every=1000"]
     finish(f"output_dir={tmp_path / 'whole'}", *longer)
     own = [f"output_dir={tmp_path / 'stopped'}", "resume=auto", *longer]
