@@ -33,16 +33,12 @@ class WindowPolicy(Policy):
             raise ValueError(f"expected {name}.window_size between 1 and {WINDOW}, got {self.window_size}")
         if self.kernel_size % 2 != 1:
             raise ValueError(f"expected an odd {name}.kernel_size, got {self.kernel_size}")
-
         if self.pooling not in POOLINGS:
             raise ValueError(f"expected {name}.pooling {' or '.join(POOLINGS)}, got {self.pooling!r}")
 
     def score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
         """Pooled mean of the observed rows that are no padding; neighbours are neighbouring entries, holes left out."""
-        if "window_rows" not in kv.statistics:
-            name = type(self).__name__
-            raise ValueError(f"{name} decides right after a prompt, and none ran since the last eviction")
-        received = mean_row(kv.statistics["window_rows"][:, :, -self.window_size :])
+        received = mean_row(self.observed(kv, "window_rows")[:, :, -self.window_size :])
         window = kv.seen[:, None, None] - kv.positions <= self.window_size
         return pool_apart(received, kv.valid, window, self.kernel_size, largest=self.pooling == "max")
 
