@@ -13,6 +13,7 @@ from retention.budget import ALLOCATORS, BY_CONTENT, AllocationInput, LayerPool,
 from retention.cache.config import CacheConfig
 from retention.ops import select
 from retention.policies import Policy
+from retention.policies.base import StepRule
 from retention.types import KVState
 
 Curve = Callable[[str | None, bool, Tensor], Tensor]
@@ -82,9 +83,9 @@ def _threshold(
 
 
 def drop_one(
-    states: Iterable[KVState], policy: Policy, config: CacheConfig
+    states: Iterable[KVState], rule: StepRule, config: CacheConfig
 ) -> Bool[Tensor, "layers batch kv_heads keys"] | None:
-    """After a decoded token: of each head that holds more than its allowance, the lowest by `step_score` leaves.
+    """After a decoded token: of each head that holds more than its allowance, the lowest by the rule leaves.
 
     Protected entries never do; of several lowest, the oldest leaves. Heads that may drop nothing hold more for a while.
     """
@@ -93,7 +94,7 @@ def drop_one(
         assert kv.allowance is not None
         age = kv.seen[:, None, None] - kv.positions
         stays = kv.protected | (kv.positions < config.sink_size) | (age <= config.recent_size) | ~kv.valid
-        score = policy.step_score(kv).float().masked_fill(stays, torch.inf)
+        score = rule(kv).float().masked_fill(stays, torch.inf)
         least = score.amin(-1, keepdim=True)
         over = (kv.valid.sum(-1) > kv.allowance)[..., None] & torch.isfinite(least)
         lowest = score == least

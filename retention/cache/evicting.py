@@ -247,9 +247,9 @@ class EvictingCache(Cache):
         """Let the policy rank all entries now and free what exceeds the budget, in every layer at once."""
         if not self.policy.evicts:
             return
-        layers = self.evicting_layers
-        if self.policy.steps and self.tokens.left is not None:
-            masks = drop_one((layer.state() for layer in layers), self.policy, self.config)
+        layers, rule = self.evicting_layers, self.policy.step_rule
+        if rule is not None and self.tokens.left is not None:
+            masks = drop_one((layer.state() for layer in layers), rule, self.config)
         else:
             masks = decide(states(self), self.policy, self.config, self.budgets(), self.kept(), curve=self.curve)
         if masks is None:

@@ -1,7 +1,7 @@
 """The interface of every eviction policy: hyper-parameters and a score, nothing else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from retention.policies.collect import Foresight, Repetition
 from retention.types import KVState
+
+StepRule = Callable[[KVState], Float[Tensor, "batch kv_heads keys"]]
+"""Ranks entries after a decoded token: the lowest leaves, infinite may not."""
 
 
 @dataclass
@@ -64,10 +67,6 @@ class Policy(ABC):
         """Another score for the rest of the budget once `score` has chosen its `first_share` of it."""
         return None
 
-    def step_score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
-        """The method's own rule for decoding, in force where `steps`: the lowest leaves, infinite may not."""
-        raise NotImplementedError
-
     def bind(self, table: Mapping[str, "Policy"], outer: tuple[str, ...] = ()) -> None:  # noqa: B027  (most build on none)
         """Told all presets with their settings, for a method that builds on another one; `outer` builds on this."""
 
@@ -76,12 +75,18 @@ class Policy(ABC):
         return self
 
     @property
-    def steps(self) -> bool:
-        """Whether a decoded token makes at most one entry of a head leave, which then may hold its part of a prompt.
+    def step_rule(self) -> StepRule | None:
+        """The method's own rule for decoding, if it has one: a decoded token makes at most one entry of a head leave.
 
-        The head's budget grows with every token by the share of the last prompt that the head kept.
+        The head may then hold its part of a prompt: its budget grows with every token by the share of the last prompt that
+        the head kept.
         """
-        return False
+        return None
+
+    @property
+    def steps(self) -> bool:
+        """Whether decoded tokens go by the method's own rule."""
+        return self.step_rule is not None
 
     @property
     def weighs_layers(self) -> bool:

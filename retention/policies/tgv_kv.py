@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retention.ops.scores import mean_over_heads
-from retention.policies.base import Policy
+from retention.policies.base import Policy, StepRule
 from retention.types import KVState
 
 MODES = ("generalised", "as_published")
@@ -78,9 +78,9 @@ class TGVKV(Policy):
         return 1 if self.steps else 0
 
     @property
-    def steps(self) -> bool:
+    def step_rule(self) -> StepRule | None:
         """As published."""
-        return self.decode == "published"
+        return self.step_score if self.decode == "published" else None
 
     def step_score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
         """Attention of the newest query, mean over heads; infinite for the first tokens and the text behind images."""

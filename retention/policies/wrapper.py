@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retention.policies.base import Policy
+from retention.policies.base import Policy, StepRule
 from retention.policies.collect import Foresight, Repetition
 from retention.types import KVState
 
@@ -103,14 +103,10 @@ class Wrapper(Policy):
         """What the base needs fed."""
         return self.inner.second_pass()
 
-    def step_score(self, kv: KVState) -> Float[Tensor, "batch kv_heads keys"]:
-        """The base's."""
-        return self.inner.step_score(kv)
-
     @property
-    def steps(self) -> bool:
-        """The base's rule for decoding, if it has one of its own."""
-        return self.inner.steps
+    def step_rule(self) -> StepRule | None:
+        """The base's, if it has one of its own."""
+        return self.inner.step_rule
 
     @property
     def weighs_layers(self) -> bool:

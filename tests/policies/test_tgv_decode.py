@@ -221,7 +221,8 @@ def test_the_rule_without_a_model():
     allowance = torch.tensor([[KEYS, KEYS - 1, 3], [KEYS - 1, KEYS, KEYS + 5]])
     suffix = torch.zeros(ROWS, HEADS, KEYS, dtype=torch.bool)
     kv = replace(kv, statistics={"window_rows": rows}, allowance=allowance, suffix=suffix)
-    mask = drop_one([kv], TGVKV(decode="published"), CacheConfig())[0]
+    rule = TGVKV(decode="published").step_score
+    mask = drop_one([kv], rule, CacheConfig())[0]
     assert (~mask).sum(-1).tolist() == [[0, 1, 1], [1, 0, 0]]
     assert (torch.nonzero(~mask)[:, 2] == 7).all()
-    assert drop_one([replace(kv, suffix=~suffix)], TGVKV(decode="published"), CacheConfig()).all()
+    assert drop_one([replace(kv, suffix=~suffix)], rule, CacheConfig()).all()
