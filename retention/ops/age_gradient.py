@@ -4,7 +4,6 @@ Fused kernels return it as a difference of large rounded sums, or by an atomic a
 pass makes the weights anew from the log-sum-exp, as flash attention's backward does, and sums ages that are exact.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from retention.ops.blocks import BLOCK
 from retention.ops.decay import age
+from retention.ops.kernels import has_triton
 
 Tensors = tuple[Float[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."]]
 
@@ -99,7 +99,7 @@ def age_gradient(
     documents: Int[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch kv_heads tokens"]:
     """The same in blocks of queries; on CUDA one Triton kernel, where triton is installed."""
-    if q.is_cuda and find_spec("triton") is not None:
+    if q.is_cuda and has_triton():
         from retention.ops.age_gradient_triton import age_gradient as fused
 
         return fused(

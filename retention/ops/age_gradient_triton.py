@@ -7,13 +7,14 @@ Triton is imported by the first call, which also compiles. `TRITON_INTERPRET=1`,
 """
 
 from functools import cache
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from retention.ops.kernels import compiler, power
 
 tl: Any = SimpleNamespace(constexpr="constexpr")
 """`triton.language` once `_kernel` ran: the kernel finds it among the globals of this module."""
@@ -50,10 +51,10 @@ def age_gradient(
     keep = none if valid is None else valid.contiguous().view(torch.uint8)
     own = none if documents is None else documents.int().contiguous()
     total = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
-    widest = max(_power(width), _power(value_width))
+    widest = max(power(width), power(value_width))
     tile = max(16, min(64, TILE_BYTES // (widest * k.element_size())))
     sizes = {"kv_heads": kv_heads, "group": q.shape[1] // kv_heads, "width": width, "value_width": value_width}
-    more = {"width_block": _power(width), "value_block": _power(value_width), "tile": tile, "widen": not q.is_cuda}
+    more = {"width_block": power(width), "value_block": power(value_width), "tile": tile, "widen": not q.is_cuda}
     more |= {"has_valid": valid is not None, "has_documents": documents is not None}
     facts = (log_beta.float().contiguous(), lse.float().contiguous(), delta, none, keep, own, total)
     strides = [stride for x in near for stride in x.stride()[:3]]
@@ -65,21 +66,11 @@ def age_gradient(
     return total
 
 
-def _power(size: int) -> int:
-    """The least power of two that holds `size` and is at least 16, the least side of a tensor-core product."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 @cache
 def _kernel(device_type: str) -> Any:
     """The kernel, compiled at its first launch."""
     global tl
-    try:
-        triton, tl = import_module("triton"), import_module("triton.language")
-    except ModuleNotFoundError as error:
-        raise ValueError("expected the package triton, found none; install it or take another form") from error
-    if device_type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"expected CUDA tensors, got {device_type}; or set TRITON_INTERPRET=1 before the start")
+    triton, tl = compiler(device_type)
     return triton.jit(_summed, do_not_specialize=["queries", "tokens"])  # a new length must not compile anew
 
 

@@ -1,7 +1,7 @@
 """Attention of one new token over a ragged store: full pages of every head in one batch, and a dense buffer.
 
 Segments are (batch row, KV head) pairs; the query group of a head are its queries. This is the plain-torch form
-and the truth for the others.
+and the truth for the kernel.
 """
 
 import torch

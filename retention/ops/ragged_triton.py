@@ -8,7 +8,6 @@ Triton is imported by the first call, which also compiles. `TRITON_INTERPRET=1`,
 """
 
 from functools import cache
-from importlib import import_module
 from math import e, log2
 from types import SimpleNamespace
 from typing import Any, no_type_check
@@ -16,6 +15,8 @@ from typing import Any, no_type_check
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from retention.ops.kernels import compiler, power
 
 tl: Any = SimpleNamespace(constexpr="constexpr")
 """`triton.language` once `_kernels` ran: kernels find it among the globals of this module."""
@@ -54,7 +55,7 @@ def decode(
     """
     segments, group = first.numel(), query.shape[1] // first.shape[1]
     width, value_width, page = pages_k.shape[2], pages_v.shape[2], pages_k.shape[1]
-    block = max(16, min(128, TILE_BYTES // (_power(max(width, value_width)) * pages_k.element_size())))
+    block = max(16, min(128, TILE_BYTES // (power(max(width, value_width)) * pages_k.element_size())))
     rows = pages_k.shape[0] * page + segments * filled
     chunk = _chunk(rows, block, _processors(query.device))
     page_splits, buffer_splits = -(-longest_pages * page // chunk), -(-filled // chunk)
@@ -70,9 +71,9 @@ def decode(
     outs = torch.empty(segments, splits, group, value_width, dtype=torch.float32, device=query.device)
     lses = torch.empty(segments, splits, group, dtype=torch.float32, device=query.device)
     strides = [*near[0].stride()[:2], *near[1].stride()[:3], *near[2].stride()[:3], hidden.stride(0)]
-    sizes = {"group": group, "value_width": value_width, "value_block": _power(value_width)}
+    sizes = {"group": group, "value_width": value_width, "value_block": power(value_width)}
     more = {"widen": not query.is_cuda, "has_valid": valid is not None, "kv_heads": first.shape[1], "page": page}
-    more |= {"width": width, "width_block": _power(width), "group_block": _power(group), "block": block}
+    more |= {"width": width, "width_block": power(width), "group_block": power(group), "block": block}
     warps = 8 if pages_k.dtype == torch.float32 else 4  # four would spill registers with fp32 products
     tensors = (near[0], *pages, page_starts.contiguous(), *near[1:], first, hidden, outs, lses)
     numbers = (filled, chunk, page_splits, scaling * log2(e), *strides)
@@ -81,11 +82,6 @@ def decode(
         partial[(segments, splits)](*tensors, *numbers, **more, **sizes, num_warps=warps, num_stages=3, **options)
         merge[(segments, group)](outs, lses, result, splits, **sizes, block=16, num_warps=4, **options)
     return result
-
-
-def _power(size: int) -> int:
-    """The least power of two that holds `size` and is at least 16, the least side of a tensor-core product."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _chunk(rows: int, block: int, processors: int) -> int:
@@ -103,12 +99,7 @@ def _processors(device: torch.device) -> int:
 def _kernels(device_type: str) -> tuple[Any, Any]:
     """The two kernels, compiled at their first launch."""
     global tl
-    try:
-        triton, tl = import_module("triton"), import_module("triton.language")
-    except ModuleNotFoundError as error:
-        raise ValueError("expected the package triton, found none; install it or take the plain form") from error
-    if device_type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"expected CUDA tensors, got {device_type}; or set TRITON_INTERPRET=1 before the start")
+    triton, tl = compiler(device_type)
     changing = ["filled", "chunk", "page_splits", "valid_row"]  # a new value must not compile anew
     return triton.jit(_partial, do_not_specialize=changing), triton.jit(_merge, do_not_specialize=["splits"])
 

@@ -1,16 +1,14 @@
 """The gradient of `log_beta` made apart: against float64's autograd, in blocks, and as a Triton kernel interpreted on the CPU."""
 
-import json
-from importlib.metadata import version
-
 import pytest
 import torch
 
 from retention.ops import age_gradient as module
 from retention.ops.age_gradient import age_gradient, naive_age_gradient, with_age_gradient
-from tests.ops.test_ragged_triton import fresh, needs_triton
+from tests.ops.kernels import fresh, interpreted_errors, needs_triton, refusal
 from tests.ops.test_split import truth
 
+NAMES = {"kernel": "age_gradient_triton", "form": "age_gradient", "cases": "test_age_gradient"}
 CASES = {
     "plain": {},
     "one token": {"tokens": 1},
@@ -105,42 +103,19 @@ def test_without_a_gate_that_learns_nothing_is_computed(monkeypatch):
     assert torch.equal(plain, asked)
 
 
-INTERPRETED = """
-import json
-from retention.ops.age_gradient_triton import age_gradient
-from tests.ops.test_age_gradient import CASES, error
-print(json.dumps({case: error(age_gradient, case) for case in CASES}))
-"""
-
-REFUSED = """
-from retention.ops.age_gradient_triton import age_gradient
-from tests.ops.test_age_gradient import error
-try:
-    error(age_gradient, "plain")
-except ValueError as problem:
-    print(problem)
-"""
-
 COMPILED = """
-import inspect
-import triton, triton.language
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from retention.ops import age_gradient_triton as module
+from retention.ops import age_gradient_triton
+from tests.ops.kernels import build
 
-module.tl = triton.language
-names = list(inspect.signature(module._summed).parameters)
 types = {"log_beta": "*fp32", "lse": "*fp32", "delta": "*fp32", "total": "*fp32", "scale": "fp32"}
 types |= {"positions": "*i32", "valid": "*u8", "documents": "*i32"}
 types |= {f"{x}_at": "*bf16" for x in ("q", "k", "v", "grad")}
+aligned = [f"{x}_{y}" for x in ("q", "k", "v", "grad") for y in ("batch", "head", "row")]
 sizes = {"kv_heads": 8, "group": 4, "width": 128, "value_width": 128, "width_block": 128, "value_block": 128, "tile": 64}
 for more in (False, True):
     constants = {**sizes, "widen": False, "has_valid": more, "has_documents": more}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name.endswith(("_batch", "_head", "_row"))]
-    given = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(triton.jit(module._summed), signature, given, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 2, "num_warps": 4})
+    kernel = age_gradient_triton._summed
+    built = build(age_gradient_triton, kernel, constants, types, aligned, num_stages=2, num_warps=4)
     ptx = built.asm["ptx"]
     print("mma" in ptx, "st.global" in ptx, any("cp.async" in line for line in ptx.splitlines()))
     print(built.metadata.shared <= 160 * 1024)
@@ -149,10 +124,7 @@ for more in (False, True):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Errors of all cases under Triton's interpreter."""
-    if tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 7):
-        pytest.skip("the interpreter of Triton before 3.7 fails with NumPy 2.4")
-    return json.loads(fresh(INTERPRETED, TRITON_INTERPRET="1"))
+    return interpreted_errors(**NAMES)
 
 
 @needs_triton
@@ -163,7 +135,7 @@ def test_the_kernel_computes_it(interpreted, case):
 
 @needs_triton
 def test_the_kernel_on_a_cpu_asks_for_the_interpreter():
-    assert "expected CUDA tensors, got cpu" in fresh(REFUSED)
+    assert "expected CUDA tensors, got cpu" in refusal(**NAMES)
 
 
 @needs_triton

@@ -1,4 +1,4 @@
-"""The Triton and the varlen form of ragged decode attention on a CUDA device; not run by default (`make test-gpu`)."""
+"""The Triton form of ragged decode attention on a CUDA device; not run by default (`make test-gpu`)."""
 
 import pytest
 import torch
@@ -6,10 +6,6 @@ import torch
 from tests.ops.test_ragged_triton import CASES, PAGE, error
 
 pytestmark = pytest.mark.gpu
-
-
-def same_width(given):
-    return given.get("value_width", given.get("width")) == given.get("width")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -32,15 +28,6 @@ def test_triton_on_cuda_at_the_sizes_of_models(monkeypatch, width, dtype):
     given = {"pages": pages, "width": width, "group": 4, "filled": 200, "first": "some", "dtype": dtype}
     monkeypatch.setitem(CASES, "model", given)
     assert error(decode, "model", device="cuda") <= (100 if dtype == "float32" else 4)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", [case for case, given in CASES.items() if same_width(given)])
-def test_varlen_on_cuda_equals_the_reference(monkeypatch, case, dtype):
-    from retention.ops.ragged_varlen import decode
-
-    monkeypatch.setitem(CASES, case, {**CASES[case], "dtype": dtype})
-    assert error(decode, case, device="cuda") <= 4
 
 
 def test_new_lengths_compile_nothing_and_wait_for_nothing(monkeypatch):

@@ -1,21 +1,12 @@
-"""The Triton and the varlen form of ragged decode attention against plain fp64 attention, segment by segment."""
-
-import inspect
-import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from importlib.util import find_spec
-from itertools import pairwise
-from pathlib import Path
+"""The Triton form of ragged decode attention against plain fp64 attention, segment by segment."""
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.ops.kernels import fresh, interpreted_errors, needs_triton, refusal
+
 PAGE = 32
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
+NAMES = {"kernel": "ragged_triton", "form": "decode", "cases": "test_ragged_triton"}
 
 LONG, MIXED = [9, 0, 1, 4, 0, 2], [3, 1, 0, 0, 5, 2]
 CASES = {
@@ -106,89 +97,30 @@ def error(form, case, device="cpu", **more):
     return float(found) / torch.finfo(out.dtype).eps
 
 
-def twin(turned, empty):
-    """A torch stand-in for `varlen_attn` in one of the two layouts of its log-sum-exp."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    def attend(*args, **kwargs):
-        given = inspect.signature(varlen_attn).bind(*args, **kwargs).arguments
-        q, k, v = (given[name] for name in ("query", "key", "value"))
-        starts, ends = given["cu_seq_q"].tolist(), given["cu_seq_k"].tolist()
-        assert given["cu_seq_q"].dtype == given["cu_seq_k"].dtype == torch.int32
-        assert given["return_aux"].lse
-        assert given["max_q"] == max(b - a for a, b in pairwise(starts))
-        assert given["max_k"] == max(b - a for a, b in pairwise(ends))
-        out, lse = torch.zeros_like(q), torch.full(q.shape[:2], empty)
-        for (a, b), (c, d) in zip(pairwise(starts), pairwise(ends), strict=True):
-            logits = given["scale"] * torch.einsum("qhd,khd->qhk", q[a:b].float(), k[c:d].float())
-            if c < d:
-                out[a:b] = torch.einsum("qhk,khd->qhd", logits.softmax(-1), v[c:d].float()).to(q.dtype)
-                lse[a:b] = logits.logsumexp(-1)
-        return out, lse.T.contiguous() if turned else lse
-
-    return attend
-
-
-def fresh(code, **given):
-    """What a new interpreter prints, as Triton decides at its import whether it interprets."""
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", **given}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=given)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-INTERPRETED = """
-import json
-from retention.ops.ragged_triton import decode
-from tests.ops.test_ragged_triton import CASES, error
-print(json.dumps({case: error(decode, case) for case in CASES}))
-"""
-
-REFUSED = """
-from retention.ops.ragged_triton import decode
-from tests.ops.test_ragged_triton import error
-try:
-    error(decode, "plain")
-except ValueError as problem:
-    print(problem)
-"""
-
 COMPILED = """
-import inspect
-import triton, triton.language
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from retention.ops import ragged_triton
+from tests.ops.kernels import build
 
-ragged_triton.tl = triton.language
-
-def build(function, constants, types):
-    kernel, names = triton.jit(function), list(inspect.signature(function).parameters)
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    wide = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ALIGNED]
-    given = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, given, {(i,): [["tt.divisibility", 16]] for i in wide})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 3, "enable_fp_fusion": True})
-
-ALIGNED = [f"{x}_{y}" for x in ("query", "key", "value") for y in ("row", "head", "column")]
-DENSE = ["query", "pages_k", "pages_v", "buffer_k", "buffer_v"]
+aligned = [f"{x}_{y}" for x in ("query", "key", "value") for y in ("row", "head", "column")]
+dense = ["query", "pages_k", "pages_v", "buffer_k", "buffer_v"]
 sizes = {"group": 4, "value_width": 128, "value_block": 128}
 more = {"widen": False, "kv_heads": 8, "page": 32, "width": 128, "width_block": 128, "group_block": 16, "block": 64}
 types = {"page_starts": "*i32", "first": "*i64", "valid": "*u8", "outs": "*fp32", "lses": "*fp32", "scale": "fp32"}
-types |= dict.fromkeys(DENSE, "*bf16") | {"result": "*bf16"}
+types |= dict.fromkeys(dense, "*bf16") | {"result": "*bf16"}
 for padded in (False, True):
-    ptx = build(ragged_triton._partial, {**sizes, **more, "has_valid": padded}, types).asm["ptx"]
+    constants = {**sizes, **more, "has_valid": padded}
+    built = build(ragged_triton, ragged_triton._partial, constants, types, aligned, num_stages=3, enable_fp_fusion=True)
+    ptx = built.asm["ptx"]
     print("mma.sync" in ptx, any("cp.async.cg" in line and "0x10" in line for line in ptx.splitlines()))
-print("st.global" in build(ragged_triton._merge, {**sizes, "block": 16}, types).asm["ptx"])
+constants = {**sizes, "block": 16}
+built = build(ragged_triton, ragged_triton._merge, constants, types, aligned, num_stages=3, enable_fp_fusion=True)
+print("st.global" in built.asm["ptx"])
 """
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Errors of all cases under Triton's interpreter."""
-    if tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 7):
-        pytest.skip("the interpreter of Triton before 3.7 fails with NumPy 2.4")
-    return json.loads(fresh(INTERPRETED, TRITON_INTERPRET="1"))
+    return interpreted_errors(**NAMES)
 
 
 @needs_triton
@@ -199,12 +131,11 @@ def test_triton_equals_the_reference(interpreted, case):
 
 @needs_triton
 def test_triton_on_a_cpu_asks_for_its_interpreter():
-    assert "expected CUDA tensors, got cpu" in fresh(REFUSED)
+    assert "expected CUDA tensors, got cpu" in refusal(**NAMES)
 
 
 @needs_triton
 def test_triton_compiles_for_hopper_with_tensor_cores_and_wide_asynchronous_loads(tmp_path):
-    """No GPU is needed: the compiler and ptxas come with Triton, and are stricter than its interpreter."""
     assert fresh(COMPILED, TRITON_CACHE_DIR=str(tmp_path)).split() == ["True"] * 5
 
 
@@ -216,34 +147,3 @@ def test_chunks_fill_the_device_and_are_whole_blocks():
         assert _chunk(rows, 64, 132) % 64 == 0
         assert -(-rows // _chunk(rows, 64, 132)) <= PROGRAMS_PER_PROCESSOR * 132
         assert rows // (_chunk(rows, 64, 132) - 64 or 1) >= PROGRAMS_PER_PROCESSOR * 132
-
-
-HALF = [case for case, given in CASES.items() if given.get("width") == given.get("value_width", given.get("width"))]
-
-
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("case", HALF)
-def test_varlen_equals_the_reference(monkeypatch, case, turned):
-    from retention.ops.ragged_varlen import decode
-
-    monkeypatch.setitem(CASES, case, {**CASES[case], "dtype": CASES[case].get("dtype", "bfloat16")})
-    assert error(decode, case, attend=twin(turned, empty=float("inf") if turned else float("-inf"))) <= 4
-
-
-def test_varlen_refuses_what_its_kernel_cannot_do():
-    from retention.ops.ragged_varlen import decode
-
-    with pytest.raises(ValueError, match="bfloat16 or float16"):
-        error(decode, "plain")
-    with pytest.raises(ValueError, match="one width"):
-        error(decode, "other value width")
-
-
-def test_varlen_calls_the_signature_of_this_torch(monkeypatch):
-    from torch.nn.attention import varlen
-
-    from retention.ops.ragged_varlen import decode
-
-    monkeypatch.setattr(varlen, "varlen_attn", twin(turned=True, empty=float("inf")))
-    monkeypatch.setitem(CASES, "plain", {**CASES["plain"], "dtype": "bfloat16"})
-    assert error(decode, "plain") <= 4
