@@ -1,43 +1,16 @@
 """Our side of scripts/bench_kvpress.py: what kvpress_worker.py does for kvpress, done by this package."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from kvpress_page import SAFEGUARD
-from kvpress_worker import (
-    ONE_LAYER,
-    described,
-    gap,
-    generated,
-    load_model,
-    measure,
-    padded_batch,
-    write_full_logits,
-)
-from safetensors.torch import load_file
+from kvpress_worker import MeasuredSide, described, gap, generated, measure, padded_batch
 
 
-class Ours:
-    """Answers requests with this package: logits, run, checks."""
+class Ours(MeasuredSide):
+    """Answers requests with this package."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = load_model(folder)
-        self.one_layer = load_model(folder / ONE_LAYER)
-        self.ids = load_file(folder / "ids.safetensors")["ids"]
-
-    def __call__(self, request: dict) -> dict:
-        """Dispatch by `do`."""
-        match request.pop("do"):
-            case "logits":
-                return write_full_logits(self.model, self.ids[:, : request["prompt"]], self.folder / request["file"])
-            case "run":
-                return self.run(**request)
-            case "checks":
-                return self.checks()
-            case unknown:
-                raise ValueError(f"expected logits, run or checks, got {unknown!r}")
+    answers = ("logits", "run", "checks")
 
     def run(
         self, method: str, prompt: int, kept: int, new_tokens: int, trace: str | None = None, one_layer: bool = False

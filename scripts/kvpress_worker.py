@@ -186,6 +186,37 @@ def serve_pipes(answer: Callable[[dict], dict]) -> None:
     serve(answer, iter(sys.stdin.readline, ""), replies)
 
 
+class Side:
+    """Answers a request by the method that it names."""
+
+    answers: tuple[str, ...]
+
+    def __call__(self, request: dict) -> dict:
+        """Dispatch by `do`."""
+        do = request.pop("do")
+        if do not in self.answers:
+            raise ValueError(f"expected {', '.join(self.answers[:-1])} or {self.answers[-1]}, got {do!r}")
+        return getattr(self, do)(**request)
+
+    def versions(self) -> dict:
+        """Of what scores and keep depend on."""
+        return {name: version(name) for name in ("kvpress", "torch", "transformers")}
+
+
+class MeasuredSide(Side):
+    """A side of the benchmark: two models and one prompt, read from the work folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = load_model(folder)
+        self.one_layer = load_model(folder / ONE_LAYER)
+        self.ids = load_file(folder / "ids.safetensors")["ids"]
+
+    def logits(self, prompt: int, file: str) -> dict:
+        """Of the stock cache."""
+        return write_full_logits(self.model, self.ids[:, :prompt], self.folder / file)
+
+
 # kvpress's side.
 
 
@@ -195,29 +226,14 @@ def forget_masks(model: Any) -> None:
         layer.self_attn.masked_key_indices = None
 
 
-class Kvpress:
-    """Answers requests with kvpress: versions, logits, run, checks."""
+class Kvpress(MeasuredSide):
+    """Answers requests with kvpress."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = load_model(folder)
-        self.one_layer = load_model(folder / ONE_LAYER)
-        self.ids = load_file(folder / "ids.safetensors")["ids"]
+    answers = ("versions", "logits", "run", "checks")
 
-    def __call__(self, request: dict) -> dict:
-        """Dispatch by `do`."""
-        match request.pop("do"):
-            case "versions":
-                names = ("kvpress", "torch", "transformers")
-                return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
-            case "logits":
-                return write_full_logits(self.model, self.ids[:, : request["prompt"]], self.folder / request["file"])
-            case "run":
-                return self.run(**request)
-            case "checks":
-                return self.checks()
-            case unknown:
-                raise ValueError(f"expected versions, logits, run or checks, got {unknown!r}")
+    def versions(self) -> dict:
+        """And of Python."""
+        return {"python": sys.version.split()[0]} | super().versions()
 
     def press(self, method: str, share: float) -> Any:
         """The press of a row that evicts this share."""

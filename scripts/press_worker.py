@@ -4,12 +4,11 @@ Runs inside kvpress's own environment and imports no `retention`; the press come
 """
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress_worker import serve_pipes
+from kvpress_worker import Side, serve_pipes
 from published_worker import Noted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,21 +34,13 @@ def evicted(model: Any, ids: Tensor, press: Any) -> Any:
     return cache
 
 
-class Exported:
-    """Answers requests: versions, run."""
+class Exported(Side):
+    """Answers requests about exported presses."""
+
+    answers = ("versions", "run")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def __call__(self, request: dict) -> dict:
-        """Dispatch by `do`."""
-        match request.pop("do"):
-            case "versions":
-                return {name: version(name) for name in ("kvpress", "torch", "transformers")}
-            case "run":
-                return self.run(**request)
-            case unknown:
-                raise ValueError(f"expected versions or run, got {unknown!r}")
 
     @torch.no_grad()
     def run(self, model: str, press: str, share: float, file: str) -> dict:

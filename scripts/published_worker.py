@@ -5,12 +5,11 @@ would evict is noted and not evicted.
 """
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress_worker import load_model, serve_pipes
+from kvpress_worker import Side, load_model, serve_pipes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,22 +78,14 @@ class NotedKVzip:
             self.kept.append(mask)
 
 
-class Published:
-    """Answers requests: versions, run."""
+class Published(Side):
+    """Answers requests about kvpress's own presses."""
+
+    answers = ("versions", "run")
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model = folder, load_model(folder)
         self.ids = load_file(folder / "ids.safetensors")["ids"]
-
-    def __call__(self, request: dict) -> dict:
-        """Dispatch by `do`."""
-        match request.pop("do"):
-            case "versions":
-                return {name: version(name) for name in ("kvpress", "torch", "transformers")}
-            case "run":
-                return self.run(**request)
-            case unknown:
-                raise ValueError(f"expected versions or run, got {unknown!r}")
 
     @torch.no_grad()
     def run(
