@@ -1,8 +1,5 @@
 """Attention of one new token over an evicting layer: dense where heads are equal, ragged over pages where not."""
 
-from functools import cache
-from importlib.util import find_spec
-
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +7,7 @@ from torch.nn import functional as F
 from retention.cache.layer import EvictingLayer
 from retention.cache.recall import attention_with_lse, doubt_of
 from retention.ops import ragged_triton
+from retention.ops.kernels import has_triton
 from retention.ops.logits import softcap_of
 from retention.ops.ragged import ragged_attention
 
@@ -46,9 +44,8 @@ def recalled_attention(
     visible = layer.visible(query.shape[2])
     out, lse = attention_with_lse(query, keys, values, visible, scaling)
     visual = layer.state().visual if memory.reads_doubt else visible[:, :, 0]
-    return memory.read(
-        layer.recalled, query, out, lse, scaling, doubt_of(memory, query, keys, visible, visual, scaling)
-    )
+    doubt = doubt_of(memory, query, keys, visible, visual, scaling)
+    return memory.read(layer.recalled, query, out, lse, scaling, doubt)[0]
 
 
 def _ragged(
@@ -73,9 +70,3 @@ def _ragged(
         scaling,
         longest_pages=store.longest_pages,
     )
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the fused kernel can be compiled here."""
-    return find_spec("triton") is not None

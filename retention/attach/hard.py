@@ -7,15 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from retention.attach.chunks import chunk_ends, run_chunks
 from retention.attach.decode import decode_attention, recalled_attention
 from retention.attach.deltas import own_rope_deltas
 from retention.attach.facts import TokenFacts
-from retention.attach.hooks import attached
-from retention.attach.plain import logit_scaling, output_weight, plain_attention
-from retention.attach.second_pass import ListeningLayer, second_passes
+from retention.attach.hooks import Attend, attached, running
+from retention.attach.plain import AttentionCall, output_weight
+from retention.attach.second_pass import second_passes
 from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
 from retention.cache.layer import EvictingLayer
@@ -31,52 +32,43 @@ from retention.policies.collect import COLLECTORS, Observation, Rotary, rows_rea
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "retention_hard"
 
-
-def evicting_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    retention_layer: EvictingLayer | ListeningLayer | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface: SDPA for prompts, the storage's own way for single tokens."""
-    layer, queries = retention_layer, query.shape[2]
-    if layer is None:
-        return plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    scale = logit_scaling(query, scaling, kwargs.get("softcap"))
-    if isinstance(layer, ListeningLayer):
-        return layer.attend(module, query, key, value, scale), None
-    layer.scaling = scale
-    with layer.seeing(attention_mask if layer.owner.own_mask else None):
+def evicting_attention(layer: EvictingLayer, call: AttentionCall) -> Float[Tensor, "batch queries heads value_dim"]:
+    """Attention over what a layer holds: SDPA for prompts, the storage's own way for single tokens."""
+    query, queries, scaling = call.query, call.query.shape[2], call.scaling
+    layer.scaling = scaling
+    with layer.seeing(call.mask if layer.owner.own_mask else None):
         observed = layer.owner.observing() and any(COLLECTORS[name] for name in layer.owner.collectors)
         if queries > 1 or observed:
             key, value = layer.read()
+            call = replace(call, key=key, value=value)
         if observed:
-            layer.observe(_observation(module, layer, query, key, value, scale))
+            layer.observe(_observation(layer, call))
         if queries == 1:
-            return decode_attention(layer, query, scale).transpose(1, 2), None
+            return decode_attention(layer, query, scaling).transpose(1, 2)
         if layer.recalled:
-            return recalled_attention(layer, query, scale).transpose(1, 2), None
+            return recalled_attention(layer, query, scaling).transpose(1, 2)
         if layer.store.counts is not None:
-            attention_mask = layer.attention_mask(queries, query.shape[1] // key.shape[1])
-    out = plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+            call = replace(call, mask=layer.attention_mask(queries, query.shape[1] // call.key.shape[1]))
+    out = call.plain()
     layer.owner.after_attention(layer)
     return out
 
 
-def _observation(
-    module: Any, layer: EvictingLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float
-) -> Observation:
+def _observation(layer: EvictingLayer, call: AttentionCall) -> Observation:
     """What collectors may look at in this call."""
-    rows = rows_read(layer.owner.collectors, query.shape[2], layer.owner.window)
-    call = Observation(query[:, :, -rows:], key, layer.visible(rows), scaling, layer.owner.window)
-    return replace(call, values=value, output=output_weight(module), rotary=_rotary(layer.owner, query.shape[2]))
+    cache, queries = layer.owner, call.query.shape[2]
+    rows = rows_read(cache.collectors, queries, cache.window)
+    return Observation(
+        call.query[:, :, -rows:],
+        call.key,
+        layer.visible(rows),
+        call.scaling,
+        cache.window,
+        values=call.value,
+        output=output_weight(call.module),
+        rotary=_rotary(cache, queries),
+    )
 
 
 def _rotary(cache: EvictingCache, queries: int) -> Rotary | None:
@@ -164,12 +156,10 @@ def evicting(
     if memory is not None:
         extra = (*extra, *memory.config.collectors)
     cache = new_cache(model, policy, config, extra_collectors=extra, packed=packed, memory=memory)
-    cache.own_mask = family_of(model).own_mask
-    if gates is not None:
-        cache.gates, cache.coordinate, cache.curve = gates, gates.config.coordinate, gates.thresholds
+    cache.own_mask, cache.gates = family_of(model).own_mask, gates
     with ExitStack() as stack:
-        before = partial(_before_layer, gates, cache.shape.layers)
-        facts = stack.enter_context(attached(model, NAME, evicting_attention, cache.shape.layers, before))
+        before = partial(_before_layer, cache.shape.layers)
+        facts = stack.enter_context(attached(model, cache.shape.layers, before))
         stack.enter_context(own_rope_deltas(model))
         stack.enter_context(_decoder_forward(model, facts))
         stack.enter_context(second_passes(model, cache, tokenizer))
@@ -177,22 +167,20 @@ def evicting(
 
 
 @torch.no_grad()
-def _before_layer(
-    gates: RetentionGates | None, layers: tuple[int, ...], number: int, kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Stage the gate's output and hand the layer to the attention function."""
+def _before_layer(layers: tuple[int, ...], number: int, kwargs: dict[str, Any]) -> Attend | None:
+    """Stage the gate's output and let the layer attend over what it holds."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, EvictingCache):
         return None
-    layer: Any = cache.layers[number]
-    gates = gates if cache.gates is None else cache.gates
+    layer, gates = cache.layers[number], cache.gates
+    assert isinstance(layer, EvictingLayer)
     if gates is not None and "gate" in cache.collectors:
         tokens, count = cache.tokens, kwargs["hidden_states"].shape[1]
         beside = tokens.visual[:, -count:], tokens.valid[:, -count:], layer.heard
         reading = gates.read(layers.index(number), kwargs["hidden_states"], *beside)
         layer.heard = reading.heard
         layer.stage(reading.stored(), delayed=gates.config.delayed)
-    return {"retention_layer": layer}
+    return partial(evicting_attention, layer)
 
 
 @contextmanager
@@ -216,12 +204,5 @@ def _decoder_forward(model: "PreTrainedModel", facts: TokenFacts) -> Iterator[No
         ends = chunk_ends(cache.config, found.visual, tokens, whole_images=cache.own_mask)
         return run_chunks(original, args, kwargs, cache, ends, found)
 
-    own = vars(decoder).get("forward")
-    decoder.forward = forward
-    try:
+    with running(decoder, forward):
         yield
-    finally:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own

@@ -5,22 +5,22 @@ Documents never see each other: attention runs in each by itself, and positions 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from retention.attach.hooks import attached
-from retention.attach.plain import plain_attention
+from retention.attach.plain import AttentionCall
 from retention.models import family_of
 from retention.models.family import decoder_of, evictable_layers
 from retention.ops.documents import Documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "retention_documents"
 
 
 def documents_of(model: "PreTrainedModel", valid: Bool[Tensor, "batch tokens"]) -> Documents | None:
@@ -55,23 +55,11 @@ def laid_out(arguments: dict[str, Any], documents: Documents) -> dict[str, Any]:
 def apart(model: "PreTrainedModel", documents: Documents) -> Iterator[None]:
     """Inside, every layer's attention runs in each document by itself."""
     layers = tuple(range(len(decoder_of(model).layers)))
-    with attached(model, NAME, in_each, layers, lambda layer, kwargs: {"documents": documents}):
+    with attached(model, layers, lambda layer, kwargs: partial(in_each, documents)):
         yield
 
 
-def in_each(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    *,
-    documents: Documents,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface: causal in each document."""
-    parts = zip(*(x.split(documents.lengths, 2) for x in (query, key, value)), strict=True)
-    outs = [plain_attention(module, q, k, v, None, dropout, scaling, **kwargs)[0] for q, k, v in parts]
-    return torch.cat(outs, 1), None
+def in_each(documents: Documents, call: AttentionCall) -> Float[Tensor, "batch queries heads value_dim"]:
+    """The model's own attention, causal in each document."""
+    parts = zip(*(x.split(documents.lengths, 2) for x in (call.query, call.key, call.value)), strict=True)
+    return torch.cat([replace(call, query=q, key=k, value=v, mask=None).plain() for q, k, v in parts], 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.checkpoint import checkpoint
 
-from retention.attach.hooks import Attachment, attachment
+from retention.attach.hooks import Attachment, attachment, running
 from retention.models.family import decoder_of
 
 if TYPE_CHECKING:
@@ -29,9 +29,8 @@ def recomputing(model: "PreTrainedModel", *, active: bool = True) -> Iterator[No
 
     with ExitStack() as stack:
         for layer in decoder_of(model).layers if active else ():
-            own: Any = vars(layer).get("forward")
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
-            stack.callback(setattr if own is not None else delattr, layer, "forward", *([] if own is None else [own]))
+            again = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+            stack.enter_context(running(layer, again))
         yield
 
 

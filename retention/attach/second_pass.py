@@ -7,26 +7,25 @@ the cache does not advance. No map of attention is kept: per entry the largest v
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from retention.attach.hooks import layer_hooks
-from retention.attach.plain import output_weight, plain_attention
+from retention.attach.hooks import Attend, layer_hooks
+from retention.attach.plain import AttentionCall, output_weight
 from retention.attach.repetition import Feed, foreseen, repeated
 from retention.cache.evicting import EvictingCache
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.models.family import decoder_of
 from retention.models.versions import GrowingLayer
+from retention.ops.blocks import BLOCK
 from retention.ops.heeded import heeded
-from retention.ops.logits import softcap_of
-from retention.ops.observe import BLOCK
-from retention.ops.received import output_norms
+from retention.ops.output_norms import l2_output_norms
 from retention.policies.collect import Foresight, Repetition
 
 if TYPE_CHECKING:
@@ -46,29 +45,22 @@ class ListeningLayer(GrowingLayer):
         """Attention input of the feed."""
         self.staging = 0
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Float[Tensor, "batch heads fed head_dim"],
-        key: Float[Tensor, "batch kv_heads fed head_dim"],
-        value: Float[Tensor, "batch kv_heads fed value_dim"],
-        scaling: float,
-    ) -> Float[Tensor, "batch fed heads value_dim"]:
+    def attend(self, call: AttentionCall) -> Float[Tensor, "batch fed heads value_dim"]:
         """Attention over all entries and the feed so far, in blocks of queries."""
-        self._listen(module, query, key, value, scaling)
-        held = self.source.read()
-        keys, values = (torch.cat([old, new], 2) for old, new in zip(held, (key, value), strict=True))
+        self._listen(call)
+        query, held = call.query, self.source.read()
+        keys, values = (torch.cat([old, new], 2) for old, new in zip(held, (call.key, call.value), strict=True))
         self.staging = max(self.staging, tensor_bytes(keys, values))
         together = self.source.store.counts is None  # before the first eviction all heads see the same
         valid = (
             self.state.valid[:, :1]
             if together
-            else self.state.valid.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            else self.state.valid.repeat_interleave(query.shape[1] // keys.shape[1], 1)
         )
-        outputs, cap = [], {"softcap": softcap_of(scaling)}
+        outputs = []
         for own in torch.arange(query.shape[2], device=query.device).split(BLOCK):
-            seen = self._visible(valid, own)
-            outputs.append(plain_attention(module, query[:, :, own], keys, values, seen, 0.0, scaling, **cap)[0])
+            part = replace(call, query=query[:, :, own], key=keys, value=values, mask=self._visible(valid, own))
+            outputs.append(part.plain())
         return torch.cat(outputs, 1)
 
     def _visible(
@@ -80,25 +72,25 @@ class ListeningLayer(GrowingLayer):
         fed = causal[:, None].expand(-1, held.shape[1], -1, -1)
         return torch.cat([held[:, :, None].expand(-1, -1, len(own), -1), fed], -1)
 
-    def _listen(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def _listen(self, call: AttentionCall) -> None:
         """Note what the feed heeds of the entries it is measured against."""
         among = self.state.valid & self.feed.measured(self.state.positions)
         slots = among.long().argsort(dim=-1, descending=True, stable=True)[..., : int(among.sum(-1).max())]
-        keys = torch.cat([_rows(self.state.keys, slots), key], 2)
+        query, keys = call.query, torch.cat([_rows(self.state.keys, slots), call.key], 2)
         sizes = streams = None
         if self.feed.weighed:
-            weight = output_weight(module)
+            weight = output_weight(call.module)
             if weight is None:
                 raise ValueError("a second pass weighed by values needs an attention module with a plain o_proj weight")
-            values = torch.cat([_rows(self.state.values, slots), value], 2)
-            sizes, streams = output_norms(values, weight, query.shape[1]), self.hidden.float().norm(dim=-1)
+            values = torch.cat([_rows(self.state.values, slots), call.value], 2)
+            sizes, streams = l2_output_norms(values, weight, query.shape[1]), self.hidden.float().norm(dim=-1)
         visible = self._visible(among.gather(-1, slots), torch.arange(query.shape[2], device=query.device))
         new = heeded(
             query,
             keys,
             visible,
             self.feed.asking,
-            scaling,
+            call.scaling,
             sizes=sizes,
             streams=streams,
             summed=self.feed.summed,
@@ -162,9 +154,9 @@ class SecondPass:
         asked = torch.zeros(len(cache.tokens.valid), device=cache.tokens.valid.device)
         at = dict(zip(cache.shape.layers, listening, strict=True))
 
-        def before_layer(number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        def before_layer(number: int, kwargs: dict[str, Any]) -> Attend:
             at[number].hidden = kwargs["hidden_states"]
-            return {"retention_layer": at[number]}
+            return at[number].attend
 
         with layer_hooks(decoder, cache.shape.layers, before_layer), _as_it_was(decoder):
             for feed in feeds:

@@ -1,6 +1,6 @@
 """One forward that behaves as if a context had been evicted before its questions came, differentiable in the memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from retention.attach.capture import Capture, LayerCapture
-from retention.attach.hooks import attached
-from retention.attach.plain import logit_scaling, plain_attention
+from retention.attach.hooks import Attend, attached
+from retention.attach.plain import AttentionCall
 from retention.cache.config import CacheConfig
 from retention.cache.decide import decide
 from retention.cache.recall import attention_with_lse, doubt_of, watched
@@ -26,8 +26,6 @@ from retention.types import KVState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "retention_simulate"
 
 
 @dataclass
@@ -135,29 +133,7 @@ def after_eviction(
     leaving = eviction.evicted(memory, layer, query, keys, values, scaling)
     state = memory.absorb(memory.empty(keys.shape[0], keys.device), leaving)
     doubt = doubt_of(memory, later, keys, visible, eviction.states[layer].visual, scaling)
-    return memory.read_with_mass(state, later, out, lse, scaling, doubt)
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def simulating_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    retention_simulate: Attend | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface: the model's own, but queries behind the eviction see what is left."""
-    out, _ = plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if retention_simulate is None:
-        return out, None
-    later = retention_simulate(query, key, value, logit_scaling(query, scaling, kwargs.get("softcap")))
-    return torch.cat([out[:, : out.shape[1] - later.shape[2]], later.transpose(1, 2)], 1), None
+    return memory.read(state, later, out, lse, scaling, doubt)
 
 
 @contextmanager
@@ -167,13 +143,16 @@ def simulate_eviction(
     """Inside, forwards of the same inputs run as if evicted; on exit the model is exactly as before."""
     numbers: dict[int, int] = {layer: i for i, layer in enumerate(model_shape(model).layers)}
 
-    def before_layer(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def before_layer(layer: int, kwargs: dict[str, Any]) -> Attend:
         own = None if memory is None else memory.layer(numbers[layer])
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            return after_eviction(own, eviction, numbers[layer], query, key, value, scaling)[0]
+        def attend(call: AttentionCall) -> Tensor:
+            """The model's own attention, but queries behind the eviction see what is left."""
+            out, heads = call.plain(), (call.query, call.key, call.value)
+            later, _ = after_eviction(own, eviction, numbers[layer], *heads, call.scaling)
+            return torch.cat([out[:, : out.shape[1] - later.shape[2]], later.transpose(1, 2)], 1)
 
-        return {"retention_simulate": attend}
+        return attend
 
-    with attached(model, NAME, simulating_attention, tuple(numbers), before_layer):
+    with attached(model, tuple(numbers), before_layer):
         yield

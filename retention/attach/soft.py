@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from retention.attach.facts import Facts
-from retention.attach.hooks import attached
+from retention.attach.hooks import Attend, attached
 from retention.attach.packed import in_each
-from retention.attach.plain import logit_scaling, output_weight, plain_attention
+from retention.attach.plain import AttentionCall, output_weight
 from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.objectives.base import Attended, GatedCall, decayed
@@ -20,8 +21,6 @@ from retention.ops.documents import Documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "retention_soft"
 
 
 @dataclass
@@ -55,66 +54,43 @@ class GateRecord:
         return [kept[layer] for layer in sorted(kept)]
 
 
-def gated_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    retention_gate: tuple[int, Tensor, GateRecord] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function for transformers' interface; layers without a gate run as the model does."""
-    out, documents = None, None
-    if retention_gate is not None:
-        scale, documents = logit_scaling(query, scaling, kwargs.get("softcap")), retention_gate[2].documents
-        q, k, v = (x if documents is None else documents.rows(x) for x in (query, key, value))
-        out = _attended(module, q, k, v, attention_mask, scale, *retention_gate)
-    if out is not None:
-        out = out.transpose(1, 2).contiguous()
-        return out if documents is None else documents.packed(out), None
-    if documents is not None:
-        return in_each(module, query, key, value, None, scaling, dropout, documents=documents, **kwargs)
-    return plain_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+def gated(number: int, hidden: Tensor, record: GateRecord, call: AttentionCall) -> Tensor:
+    """A gated layer's attention by the record's `attend`, or the model's own where that says nothing.
 
+    `number`: the layer's among the gated ones; `hidden`: what its gate read.
 
-def _attended(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    number: int,
-    hidden: Tensor,
-    record: GateRecord,
-) -> Tensor | None:
-    """A gated layer's output by the record's `attend`; None leaves the model's own."""
+    Raises:
+        ValueError: where keys come from a cache.
+    """
+    documents, heads = record.documents, (call.query, call.key, call.value)
+    query, key, value = heads if documents is None else (documents.rows(x) for x in heads)
     if query.shape[2] != key.shape[2]:
         raise ValueError("gated training attention runs without a cache; pass use_cache=False")
     assert record.positions is not None
     assert record.valid is not None
-    call = GatedCall(
-        number,
-        query,
-        key,
-        value,
-        hidden,
-        output_weight(module),
-        record.score[number],
-        record.log_beta[number],
-        scaling,
-        record.positions,
-        record.valid,
-        record.padded,
-        mask if record.own_mask else None,
+    out, noted = record.attend(
+        GatedCall(
+            number,
+            query,
+            key,
+            value,
+            hidden,
+            output_weight(call.module),
+            record.score[number],
+            record.log_beta[number],
+            call.scaling,
+            record.positions,
+            record.valid,
+            record.padded,
+            call.mask if record.own_mask else None,
+        )
     )
-    out, noted = record.attend(call)
     if noted is not None:
         record.noted[number] = noted
-    return out
+    if out is None:
+        return call.plain() if documents is None else in_each(documents, call)
+    out = out.transpose(1, 2).contiguous()
+    return out if documents is None else documents.packed(out)
 
 
 @contextmanager
@@ -139,14 +115,14 @@ def attach_gates(
         raise ValueError("gates that read the token behind each one (gate.delayed) rank as they are; train others")
     record = GateRecord(attend)
 
-    def before_layer(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def before_layer(layer: int, kwargs: dict[str, Any]) -> Attend:
         number, hidden = gates.shape.layers.index(layer), kwargs["hidden_states"]
         if record.documents is not None:
             hidden = record.documents.padded(hidden)
         score = gates.score(number, hidden, visual=record.visual, valid=record.valid, budget=budget)
         record.score[number], record.log_beta[number] = score, log_beta_from_score(score)
-        return {"retention_gate": (number, hidden, record)}
+        return partial(gated, number, hidden, record)
 
     record.own_mask = family_of(model).own_mask
-    with attached(model, NAME, gated_attention, gates.shape.layers, before_layer, before_forward=record.begin):
+    with attached(model, gates.shape.layers, before_layer, before_forward=record.begin):
         yield record

@@ -27,5 +27,5 @@ def use_gates(cache: EvictingCache, gates: RetentionGates) -> EvictingCache:
         if ours != theirs:
             raise ValueError(f"expected gates with memory {ours}, as the cache was opened, got {theirs}; open another")
         cache.memory = gates.memory
-    cache.gates, cache.coordinate, cache.curve = gates, gates.config.coordinate, gates.thresholds
+    cache.gates = gates
     return cache

@@ -1,7 +1,7 @@
 """The cache that `generate()` sees: grows like any other, then lets a policy decide what stays."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from retention.cache.config import REMEMBER, CacheConfig, check_policy
 from retention.cache.decide import Curve, decide, decides_by_layer, drop_one
+from retention.cache.fork import fork_cache
 from retention.cache.inputs import Reader, states
 from retention.cache.layer import EvictingLayer, tensor_bytes
 from retention.cache.ledger import Ledger, PeakMeter, logical_bytes, physical_bytes, stock_tensors
@@ -21,6 +22,7 @@ from retention.cache.rotation import Rotation
 from retention.cache.tokens import Tokens
 from retention.cache.trigger import Trigger
 from retention.cache.worth import entries_bought
+from retention.gates import RetentionGates
 from retention.memory import RetentionMemory
 from retention.models.family import Rope
 from retention.policies import Policy
@@ -82,13 +84,16 @@ class EvictingCache(Cache):
         self.resolved: list[int] = []
         self.reader: Reader | None = None
         """Feeds more behind the prompt, where the policy needs that."""
-        self.coordinate: Callable[[Tensor], Tensor | None] | None = None
-        """What gates that read the budget make of it."""
-        self.curve: Curve | None = None
-        self.gates: Any = None  # what scores its tokens; forks share it
-        self._configure(policy, config)
+        self.gates: RetentionGates | None = None
+        """What scores its tokens; forks share it."""
+        self.configure(policy, config)
 
-    def _configure(self, policy: Policy, config: CacheConfig) -> None:
+    def configure(self, policy: Policy, config: CacheConfig) -> None:
+        """Evict by this policy from now on; for caches that hold nothing yet, and forks.
+
+        Raises:
+            ValueError: when the policy cannot run so.
+        """
         check_policy(policy, config, rotates=self.rotation is not None, remembers=self.memory is not None)
         self.policy, self.config = policy, config
         self.watching = self.memory.config.collectors if self.memory is not None and self.on_evict in REMEMBER else ()
@@ -96,6 +101,11 @@ class EvictingCache(Cache):
         self.collectors = tuple(dict.fromkeys((*policy.collectors, *self.extra_collectors, *self.watching)))
         self.trigger = Trigger(1 if policy.steps else config.evict_every)
         self.tokens.inputs.keep(wanted=REPEATED in self.collectors)
+
+    @property
+    def curve(self) -> Curve | None:
+        """The threshold of a budget, where gates know one."""
+        return None if self.gates is None else self.gates.thresholds
 
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
@@ -331,33 +341,11 @@ class EvictingCache(Cache):
 
         With another policy the peak starts anew from what that policy alone would hold: its own statistics
         beside the keys and values, nobody else's.
+
+        Raises:
+            ValueError: when the policy reads what was not collected, or packed positions come too late.
         """
-        twin = copy.copy(self)
-        other = policy is not None or config is not None
-        reads = (policy or self.policy).collectors
-        needed = next((x for x in reads if x not in ("none", "keys_values", *self.collectors)), None)
-        if needed is not None:
-            raise ValueError(
-                f"{type(policy).__name__} reads {needed!r}, which this cache did not collect; open it with "
-                f"extra_collectors=({needed!r},)"
-            )
-        if self.evicted and not self.packs and config is not None and config.positions == "packed":
-            raise ValueError("entries were evicted at original positions already; a fork cannot make them packed")
-        twin.meter = PeakMeter() if other else copy.copy(self.meter)
-        twin.layers = [
-            copy.copy(layer) if isinstance(layer, EvictingLayer) else copy.deepcopy(layer) for layer in self.layers
-        ]
-        for layer in twin.evicting_layers:
-            layer.owner, layer.store, layer.observed = twin, layer.store.fork(), dict(layer.observed)
-        twin.rotation = None if self.rotation is None else self.rotation.fork()
-        twin.tokens = self.tokens.fork()
-        twin.extra_collectors, twin.automatic = (), True
-        twin._configure(policy or self.policy, config or self.config)
-        twin.trigger.since_eviction = self.trigger.since_eviction
-        for layer in twin.evicting_layers:
-            layer.forget_unused(keep_gate="gate" in twin.collectors)
-        twin.note_peak()
-        return twin
+        return fork_cache(self, policy, config)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams, in all layers and in what rows share."""
@@ -397,4 +385,4 @@ class EvictingCache(Cache):
         self.expected, self.evicted, self.meter, self.rope_deltas = None, False, PeakMeter(), None
         if self.rotation is not None:
             self.rotation.reset()
-        self._configure(self.policy, self.config)
+        self.configure(self.policy, self.config)

@@ -207,10 +207,10 @@ class EvictingLayer(GrowingLayer):
 
     def _log_beta(self) -> Float[Tensor, "batch kv_heads keys"] | None:
         """Of all entries; of gates that read the budget, at the one in force."""
-        stored, coordinate = self.store.gate_outputs(), self.owner.coordinate
+        stored, gates = self.store.gate_outputs(), self.owner.gates
         if stored is None or stored.dim() == 3:
             return stored
-        return log_beta_at(stored, None if coordinate is None else coordinate(self.owner.budgets()))
+        return log_beta_at(stored, None if gates is None else gates.config.coordinate(self.owner.budgets()))
 
     def keep(self, mask: Bool[Tensor, "batch kv_heads keys"], *, spare: int = 0) -> None:
         """Drop what the mask does not name; re-rotate what stays where positions are packed."""

@@ -137,13 +137,15 @@ class Tokens:
     ) -> tuple[Bool[Tensor, "batch kv_heads keys"], Bool[Tensor, "batch kv_heads keys"]]:
         """Which entries, by sequence index, are visual, and which are protected; `text` protects prompts' text."""
         protected = self.wanted | (self.prompted & ~self.visual & self.valid) if text else self.wanted
+        index = positions.clamp(min=0).flatten(1)
+        visual, kept = (x.gather(1, index).view(positions.shape) for x in self._by_position(self.visual, protected))
+        return visual, kept
+
+    def _by_position(self, *columns: Bool[Tensor, "batch columns"]) -> list[Bool[Tensor, "batch columns_and_one"]]:
+        """Marks of columns by sequence index; the last place takes padding."""
         target = torch.where(self.valid, self.positions(), len(self))
         empty = torch.zeros(self.valid.shape[0], len(self) + 1, dtype=torch.bool, device=self.valid.device)
-        index = positions.clamp(min=0).flatten(1)
-        visual, kept = (
-            empty.scatter(1, target, x).gather(1, index).view(positions.shape) for x in (self.visual, protected)
-        )
-        return visual, kept
+        return [empty.scatter(1, target, x) for x in columns]
 
     def note_left(self, kept: Int[Tensor, "layers batch kv_heads"]) -> None:
         """Told before a decoded token: what is held, unless that is known since the last prompt."""
@@ -159,15 +161,12 @@ class Tokens:
     def suffix(self, positions: Int[Tensor, "batch kv_heads keys"]) -> Bool[Tensor, "batch kv_heads keys"]:
         """Which entries, by sequence index, are text of prompts with no visual token behind."""
         behind = self.prompted & self.valid & (self.visual.flip(1).cumsum(1).flip(1) == 0)
-        target = torch.where(self.valid, self.positions(), len(self))
-        table = F.pad(torch.zeros_like(behind), (0, 1)).scatter(1, target, behind)
+        (table,) = self._by_position(behind)
         return table.gather(1, positions.clamp(min=0).flatten(1)).view(positions.shape)
 
     def looked(self) -> Bool[Tensor, "batch positions"]:
         """Which sequence positions are visual, padding excluded."""
-        target = torch.where(self.valid, self.positions(), len(self))
-        empty = torch.zeros(self.valid.shape[0], len(self) + 1, dtype=torch.bool, device=self.valid.device)
-        return empty.scatter(1, target, self.visual)[:, :-1]
+        return self._by_position(self.visual)[0][:, :-1]
 
     def answering(self, positions: Int[Tensor, "batch kv_heads keys"]) -> Bool[Tensor, "batch kv_heads keys"] | None:
         """Which entries, by sequence index, are evidence; None where none was named."""

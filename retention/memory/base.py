@@ -107,23 +107,11 @@ class MemoryLayer(nn.Module, ABC):
         lse: Float[Tensor, "batch heads queries"],
         scaling: float,
         doubt: Float[Tensor, "batch heads queries"] | None = None,
-    ) -> Float[Tensor, "batch heads queries value_dim"]:
-        """Attention over kept entries, corrected by what the memory says of the evicted ones.
+    ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+        """Attention over kept entries, corrected by what the memory says of the evicted ones, and the log-sum-exp of both.
 
         `doubt` is the entropy, in [0, 1], of each query over the visual tokens held; only `reads_doubt` needs it.
         """
-        return self.read_with_mass(state, query, out, lse, scaling, doubt)[0]
-
-    def read_with_mass(
-        self,
-        state: State,
-        query: Float[Tensor, "batch heads queries head_dim"],
-        out: Float[Tensor, "batch heads queries value_dim"],
-        lse: Float[Tensor, "batch heads queries"],
-        scaling: float,
-        doubt: Float[Tensor, "batch heads queries"] | None = None,
-    ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-        """The same, and the log-sum-exp of both parts together."""
         kv_heads, queries = next(iter(state.values())).shape[1], query.shape[2]
         grouped = wide(rearrange(query, "b (h g) q d -> b h (g q) d", h=kv_heads))
         found = self.estimate(state, grouped, scaling)

@@ -224,7 +224,7 @@ class LinearLayer(MemoryLayer):
         safe = torch.where(some, mass, 1.0).clamp(min=1e-20)
         return total / safe[..., None], torch.where(some, safe.log(), float("-inf"))
 
-    def read_with_mass(
+    def read(
         self,
         state: State,
         query: Float[Tensor, "batch heads queries head_dim"],
@@ -236,7 +236,7 @@ class LinearLayer(MemoryLayer):
         """As every memory; what keeps no normaliser knows no mass."""
         if self.config.readout == "paper":
             return self.on_top(state, query, out, doubt), lse
-        mixed, total = super().read_with_mass(state, query, out, lse, scaling)
+        mixed, total = super().read(state, query, out, lse, scaling)
         return mixed, total if "norm" in state else lse
 
     def on_top(

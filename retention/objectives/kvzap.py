@@ -9,7 +9,8 @@ from torch import Tensor
 
 from retention.objectives.base import GatedCall
 from retention.objectives.regression import Regression
-from retention.ops.received import largest_received, output_norms
+from retention.ops.output_norms import l2_output_norms
+from retention.ops.received import largest_received
 
 TINY = 1e-20
 
@@ -33,7 +34,7 @@ class KVzap(Regression):
                 "objective kvzap needs the weight of the projection behind attention (o_proj), this model has none "
                 "of that name; use objective=fastkvzip"
             )
-        sizes = output_norms(call.values, call.output, call.queries.shape[1])
+        sizes = l2_output_norms(call.values, call.output, call.queries.shape[1])
         return largest_received(
             call.queries,
             call.keys,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 256
+"""Queries at a time, here and wherever a map of queries and keys is not to be held as a whole."""
 
 
 def seen(

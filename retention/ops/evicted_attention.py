@@ -73,8 +73,7 @@ def naive_delayed_attention(
     **how: Any,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Evicted attention where every decision takes effect for queries more than `window` tokens behind the key."""
-    since = (positions + window + 1)[:, None].expand_as(log_keep)
-    return naive_evicted_attention(q, k, v, log_keep, since, positions=positions, **how)
+    return naive_evicted_attention(q, k, v, log_keep, _behind(window, positions, log_keep), positions=positions, **how)
 
 
 def delayed_attention(
@@ -88,5 +87,9 @@ def delayed_attention(
     **how: Any,
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
     """The same in blocks of queries."""
-    since = (positions + window + 1)[:, None].expand_as(log_keep)
-    return evicted_attention(q, k, v, log_keep, since, positions=positions, **how)
+    return evicted_attention(q, k, v, log_keep, _behind(window, positions, log_keep), positions=positions, **how)
+
+
+def _behind(window: int, positions: Tensor, like: Tensor) -> Int[Tensor, "batch kv_heads tokens"]:
+    """The first position more than `window` tokens behind each key."""
+    return (positions + window + 1)[:, None].expand_as(like)

@@ -5,8 +5,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from retention.ops.logits import capped
-from retention.ops.observe import BLOCK, attention_rows
+from retention.ops.blocks import BLOCK
+from retention.ops.logits import grouped_logits
+from retention.ops.observe import attention_rows
 
 
 def naive_heeded(
@@ -69,9 +70,7 @@ def _largest(
     sizes: Float[Tensor, "batch heads keys"] | None,
     streams: Float[Tensor, "batch queries"] | None,
 ) -> Float[Tensor, "batch kv_heads keys"]:
-    grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float() * scaling
-    logits = capped(grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling)
-    logits = logits.masked_fill_(~visible[:, :, None], float("-inf"))
+    logits = grouped_logits(queries, keys, scaling).masked_fill_(~visible[:, :, None], float("-inf"))
     less = logits.logsumexp(-1, keepdim=True)
     if streams is not None:
         less = less + streams[:, None, None, :, None].clamp(min=1e-20).log()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,3 +32,13 @@ def capped(logits: Float[Tensor, "..."], scaling: float) -> Float[Tensor, "..."]
     """Scaled logits with the cap that belongs to the scaling."""
     cap = softcap_of(scaling)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def grouped_logits(
+    queries: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads keys head_dim"],
+    scaling: float,
+) -> Float[Tensor, "batch kv_heads groups queries keys"]:
+    """Logits of every query head with the keys of its group's head, scaled and capped, fp32."""
+    grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float()
+    return capped(scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling)

@@ -5,9 +5,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retention.ops.logits import capped
-
-BLOCK = 256
+from retention.ops.blocks import BLOCK
+from retention.ops.logits import grouped_logits
 
 
 def attention_rows(
@@ -17,8 +16,7 @@ def attention_rows(
     scaling: float,
 ) -> Float[Tensor, "batch kv_heads groups queries keys"]:
     """Softmax rows in fp32 over all visible keys, per query head; rows that see nothing are 0."""
-    grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float()
-    logits = capped(scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling)
+    logits = grouped_logits(queries, keys, scaling)
     return logits.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
 
 
@@ -151,18 +149,8 @@ def peak_rows(
     window: int,
 ) -> Float[Tensor, "batch kv_heads rows keys"]:
     """Rows of the last `window` queries: the softmax of the largest logit in each head's query group."""
-    grouped = rearrange(queries[:, :, -window:], "b (h g) q d -> b h g q d", h=keys.shape[1]).float()
-    logits = capped(scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling).amax(2)
+    logits = grouped_logits(queries[:, :, -window:], keys, scaling).amax(2)
     return logits.masked_fill(~visible[:, :, -window:], float("-inf")).softmax(-1).nan_to_num(0.0)
-
-
-def output_norms(
-    values: Float[Tensor, "batch kv_heads keys value_dim"], output: Float[Tensor, "hidden features"]
-) -> Float[Tensor, "batch kv_heads keys"]:
-    """L1 norm of each value behind the output projection of its query heads, averaged over the group; in blocks."""
-    weights = rearrange(output.float(), "o (h g d) -> g h d o", h=values.shape[1], d=values.shape[3])
-    blocks = values.float().split(BLOCK, 2)
-    return torch.cat([torch.stack([(x @ w).abs().sum(-1) for w in weights]).mean(0) for x in blocks], 2)
 
 
 def expected_logits(

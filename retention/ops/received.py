@@ -5,8 +5,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retention.ops.logits import capped
-from retention.ops.observe import BLOCK
+from retention.ops.blocks import BLOCK
+from retention.ops.logits import grouped_logits
 
 
 def naive_largest_received(
@@ -29,8 +29,7 @@ def naive_largest_received(
     """
     if columns is None:
         columns = torch.arange(queries.shape[2], device=queries.device).expand(asking.shape)
-    grouped = rearrange(queries, "b (h g) q d -> b h g q d", h=keys.shape[1]).float()
-    values = capped(scaling * grouped @ keys.float().transpose(-1, -2)[:, :, None], scaling)
+    values = grouped_logits(queries, keys, scaling)
     ahead = columns[:, :, None] - torch.arange(keys.shape[2], device=keys.device)
     if normalise:
         visible = ((ahead >= 0) & valid[:, None]) | (ahead == 0)
@@ -74,21 +73,3 @@ def largest_received(
         )
         best = torch.maximum(best, found)
     return best
-
-
-def naive_output_norms(
-    values: Float[Tensor, "batch kv_heads keys value_dim"], output: Float[Tensor, "hidden features"], heads: int
-) -> Float[Tensor, "batch heads keys"]:
-    """`|| W_O^(h) v ||_2` of every value in every query head of its group, fp32."""
-    weight = rearrange(output.float(), "hidden (h d) -> h d hidden", h=heads)
-    return (values.float().repeat_interleave(heads // values.shape[1], 1) @ weight).norm(dim=-1)
-
-
-def output_norms(
-    values: Float[Tensor, "batch kv_heads keys value_dim"], output: Float[Tensor, "hidden features"], heads: int
-) -> Float[Tensor, "batch heads keys"]:
-    """The same through `W^T W` of each head, so that nothing of the model's width is held for every token."""
-    weight = rearrange(output.float(), "hidden (h d) -> h hidden d", h=heads)
-    wide = values.float().repeat_interleave(heads // values.shape[1], 1)
-    squares = (wide @ (weight.transpose(-1, -2) @ weight) * wide).sum(-1)
-    return squares.clamp(min=0).sqrt()

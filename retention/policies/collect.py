@@ -20,13 +20,13 @@ from retention.ops.observe import (
     column_sums,
     expected_logits,
     modality_entropy,
-    output_norms,
     peak_rows,
     text_attention,
     text_density,
     text_queries,
     window_rows,
 )
+from retention.ops.output_norms import l1_output_norms
 from retention.ops.rope import mean_turn, turn_keys
 from retention.ops.scores import row_moments
 
@@ -161,7 +161,7 @@ def _window_moments(call: Observation) -> dict[str, Tensor]:
 def _output_norm(call: Observation) -> dict[str, Tensor]:
     if call.values is None or call.output is None or not call.output.is_floating_point():
         raise ValueError("norms behind the output projection need an attention module with a plain o_proj weight")
-    return {"output_norm": output_norms(call.values, call.output)}
+    return {"output_norm": l1_output_norms(call.values, call.output)}
 
 
 def _query_moments(call: Observation) -> dict[str, Tensor]:

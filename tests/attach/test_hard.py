@@ -83,7 +83,7 @@ def test_leaving_restores_the_model_exactly(family):
     before, count = snapshot(model), hooks(model)
     with evicting(model, small("knorm"), CacheConfig(Budget(4.0))) as cache:
         assert hooks(model) > count
-        assert model.get_decoder().config._attn_implementation == "retention_hard"
+        assert model.get_decoder().config._attn_implementation == "retention"
         model.generate(**batch, past_key_values=cache, **OPTIONS)
     assert snapshot(model) == before
     assert hooks(model) == count

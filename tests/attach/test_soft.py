@@ -98,7 +98,7 @@ def test_leaving_restores_the_model_exactly(family):
     before, count = snapshot(model), hooks(model)
     with attach_gates(model, gates):
         assert hooks(model) > count
-        assert model.get_decoder().config._attn_implementation == "retention_soft"
+        assert model.get_decoder().config._attn_implementation == "retention"
         run(model, batch)
     assert snapshot(model) == before
     assert hooks(model) == count

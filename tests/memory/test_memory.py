@@ -79,9 +79,9 @@ def layer_of(config):
 def test_an_empty_memory_changes_nothing(config):
     layer, out, lse = layer_of(config), torch.randn(BATCH, 4, QUERIES, WIDTH), torch.randn(BATCH, 4, QUERIES)
     empty = layer.empty(BATCH, out.device)
-    assert torch.equal(layer.read(empty, queries(), out, lse, 0.3), out)
+    assert torch.equal(layer.read(empty, queries(), out, lse, 0.3)[0], out)
     nobody = layer.absorb(empty, drawn(5, keep=0.0))
-    assert torch.equal(layer.read(nobody, queries(), out, lse, 0.3), out)
+    assert torch.equal(layer.read(nobody, queries(), out, lse, 0.3)[0], out)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=str)
@@ -124,7 +124,8 @@ def test_the_declared_bytes_are_those_of_the_state(config):
 def test_nothing_explodes_forward_or_backward(config, count):
     layer = layer_of(config)
     state = layer.absorb(layer.empty(BATCH, torch.device("cpu")), drawn(count))
-    out = layer.read(state, 20 * queries(), torch.randn(BATCH, 4, QUERIES, WIDTH), torch.randn(BATCH, 4, QUERIES), 1.0)
+    given = (20 * queries(), torch.randn(BATCH, 4, QUERIES, WIDTH), torch.randn(BATCH, 4, QUERIES))
+    out, _ = layer.read(state, *given, 1.0)
     assert torch.isfinite(out).all()
     if config.trained and count:
         out.square().sum().backward()
@@ -143,7 +144,7 @@ def test_a_hundred_thousand_tokens_leave_a_finite_state(config):
     plain = [torch.rand(shape, generator=g) for _ in range(3)]
     evicted = Evicted(*given, torch.ones(shape, dtype=torch.bool), plain[0] < 0.5, plain[0], *plain[1:], 1.0)
     state = layer.absorb(layer.empty(1, torch.device("cpu")), evicted)
-    out = layer.read(state, queries()[:1], torch.randn(1, 4, QUERIES, WIDTH), torch.randn(1, 4, QUERIES), 1.0)
+    out = layer.read(state, queries()[:1], torch.randn(1, 4, QUERIES, WIDTH), torch.randn(1, 4, QUERIES), 1.0)[0]
     assert torch.isfinite(out).all()
     if config.trained:
         out.square().sum().backward()
@@ -158,7 +159,7 @@ def test_training_reaches_every_parameter(config):
     doubt = torch.rand(BATCH, 4, QUERIES, generator=torch.Generator().manual_seed(1))
     out = layer.read(
         state, queries(), torch.zeros(BATCH, 4, QUERIES, WIDTH), torch.zeros(BATCH, 4, QUERIES), 1.0, doubt
-    )
+    )[0]
     out.square().sum().backward()
     decays = "step" in (config.text_decay, config.vision_decay) and config.transition != "none"
     idle = set() if decays else {"step_entropy", "step_bias", "rate"}
@@ -172,7 +173,7 @@ def test_heads_of_a_group_share_their_state(config):
     state = layer.absorb(layer.empty(BATCH, torch.device("cpu")), drawn(12))
     same = queries()[:, ::2].repeat_interleave(2, 1)
     out, lse = torch.ones(BATCH, 4, QUERIES, WIDTH), torch.zeros(BATCH, 4, QUERIES)
-    found = layer.read(state, same, out, lse, 0.3)
+    found = layer.read(state, same, out, lse, 0.3)[0]
     assert torch.allclose(found[:, 0], found[:, 1])
     assert not torch.allclose(found[:, 0], found[:, 2])
 
@@ -206,11 +207,11 @@ def test_the_paper_s_readout_adds_to_the_output():
     state = layer.absorb(layer.empty(BATCH, torch.device("cpu")), evicted)
     out, lse = torch.randn(BATCH, 4, QUERIES, WIDTH), torch.zeros(BATCH, 4, QUERIES)
     doubt = torch.rand(BATCH, 4, QUERIES)
-    found, total = layer.read_with_mass(state, queries(), out, lse, 0.3, doubt)
+    found, total = layer.read(state, queries(), out, lse, 0.3, doubt)
     assert torch.equal(total, lse)
     with torch.no_grad():
         torch.nn.init.constant_(layer.doubt_weight, 2.0)
-        found = layer.read(state, queries(), out, lse, 0.3, doubt)
+        found = layer.read(state, queries(), out, lse, 0.3, doubt)[0]
         for b, h, q in [(0, 0, 0), (1, 3, 2), (0, 2, 1)]:
             phi = layer.of_query(queries()[b, h, q].expand(1, HEADS, 1, WIDTH))[0, h // 2, 0]
             vision, text = (phi @ state["sum"][b, h // 2, i] for i in (0, 1))
@@ -218,14 +219,14 @@ def test_the_paper_s_readout_adds_to_the_output():
             expected = out[b, h, q] + 0.3 * both / (both.square().mean() + 1e-6).sqrt()
             assert torch.allclose(found[b, h, q], expected, atol=1e-5)
         torch.nn.init.zeros_(layer.gain)
-        assert torch.equal(layer.read(state, queries(), out, lse, 0.3, doubt), out)
+        assert torch.equal(layer.read(state, queries(), out, lse, 0.3, doubt)[0], out)
 
 
 def test_the_gated_readout_mixes_by_one_weight_per_head():
     layer, evicted = layer_of(LINEAR["gated"]), drawn(20)
     state = layer.absorb(layer.empty(BATCH, torch.device("cpu")), evicted)
     out = torch.randn(BATCH, 4, QUERIES, WIDTH)
-    found = [layer.read(state, queries(), out, torch.full((BATCH, 4, QUERIES), x), 0.3) for x in (-9.0, 9.0)]
+    found = [layer.read(state, queries(), out, torch.full((BATCH, 4, QUERIES), x), 0.3)[0] for x in (-9.0, 9.0)]
     assert torch.equal(*found)
     recalled = layer.estimate(state, queries().view(BATCH, HEADS, 2 * QUERIES, WIDTH), 0.3)[0].view(out.shape)
     s = torch.sigmoid(torch.tensor(-4.0))
@@ -249,7 +250,7 @@ def test_enough_slots_are_the_whole_attention():
     layer, evicted, kept = layer_of(Slots(64)), drawn(20, keep=0.7), drawn(6, seed=5)
     state = layer.absorb(layer.empty(BATCH, torch.device("cpu")), evicted)
     out, lse = attention(queries(), kept.keys, kept.values, kept.mask)
-    found = layer.read(state, queries(), out, lse, WIDTH**-0.5)
+    found = layer.read(state, queries(), out, lse, WIDTH**-0.5)[0]
     pairs = [torch.cat([getattr(kept, n), getattr(evicted, n)], 2) for n in ("keys", "values", "mask")]
     assert torch.allclose(found, attention(queries(), *pairs)[0], atol=1e-5)
 
@@ -265,7 +266,7 @@ def test_slots_whose_keys_coincide_are_exact():
     state = layer.absorb(state, part(evicted, slice(15, 40)))
     assert state["count"].sum(-1).eq(40).all()
     out, lse = attention(queries(), kept.keys, kept.values, kept.mask)
-    found = layer.read(state, queries(), out, lse, WIDTH**-0.5)
+    found = layer.read(state, queries(), out, lse, WIDTH**-0.5)[0]
     pairs = [torch.cat([getattr(kept, n), getattr(evicted, n)], 2) for n in ("keys", "values", "mask")]
     assert torch.allclose(found, attention(queries(), *pairs)[0], atol=1e-5)
 
@@ -276,7 +277,7 @@ def test_one_token_is_its_own_moment():
         layer = layer_of(Moment(covariance))
         state = layer.absorb(layer.empty(BATCH, torch.device("cpu")), evicted)
         out, lse = attention(queries(), kept.keys, kept.values, kept.mask)
-        found = layer.read(state, queries(), out, lse, WIDTH**-0.5)
+        found = layer.read(state, queries(), out, lse, WIDTH**-0.5)[0]
         pairs = [torch.cat([getattr(kept, n), getattr(evicted, n)], 2) for n in ("keys", "values", "mask")]
         assert torch.allclose(found, attention(queries(), *pairs)[0], atol=1e-5)
 
@@ -316,7 +317,7 @@ def test_joint_is_exact_for_keys_of_a_finite_set(monkeypatch):
     empty = {k: v.double() for k, v in layer.empty(BATCH, torch.device("cpu")).items()}
     state, asked = layer.absorb(empty, evicted), queries().double()
     out, lse = attention(asked, kept.keys, kept.values, kept.mask)
-    found, total = layer.read_with_mass(state, asked, out, lse, WIDTH**-0.5)
+    found, total = layer.read(state, asked, out, lse, WIDTH**-0.5)
     pairs = [torch.cat([getattr(kept, n), getattr(evicted, n)], 2) for n in ("keys", "values", "mask")]
     full, full_lse = attention(asked, *pairs)
     assert (found - full).abs().max() < 1e-10
@@ -348,7 +349,7 @@ def test_a_scale_of_nothing_is_plain_eviction():
     torch.nn.init.constant_(layer.log_scale, -60.0)
     state = layer.absorb(layer.empty(BATCH, torch.device("cpu")), drawn(20))
     out, lse = torch.randn(BATCH, 4, QUERIES, WIDTH), torch.randn(BATCH, 4, QUERIES)
-    assert torch.allclose(layer.read(state, queries(), out, lse, 0.3), out, atol=1e-6)
+    assert torch.allclose(layer.read(state, queries(), out, lse, 0.3)[0], out, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retention.ops import attention, blocks, evicted_attention, received
+from retention.ops import attention, blocks, evicted_attention, output_norms, received
 
 ROWS, HEADS, KV_HEADS, COUNT, WIDTH = 2, 4, 2, 13, 8
 
@@ -67,4 +67,5 @@ def test_asking_queries_alone_give_the_largest_of_all(monkeypatch, normalise):
 def test_output_norms_by_squares_are_the_written_out_ones():
     _, _, v, _, _, _ = drawn()
     output = torch.randn(24, HEADS * WIDTH)
-    torch.testing.assert_close(received.output_norms(v, output, HEADS), received.naive_output_norms(v, output, HEADS))
+    written = output_norms.naive_l2_output_norms(v, output, HEADS)
+    torch.testing.assert_close(output_norms.l2_output_norms(v, output, HEADS), written)
