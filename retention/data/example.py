@@ -120,6 +120,8 @@ class Example:
     """How answers are drawn; None takes the likeliest token."""
     limit: Limit | None = None
     """How long the prompt may be; None leaves it as it is."""
+    stretch: float = 1.0
+    """What rotary positions are multiplied by while the example is read and answered."""
 
     def __post_init__(self) -> None:
         if self.query_position not in QUERY_POSITIONS:

@@ -190,7 +190,17 @@ class Renderer:
         return told.index(MARKS[1]), told.index(MARKS[2]) - len(MARKS[1])
 
     def training_batch(self, examples: list[Example]) -> Batch:
-        """Contexts and second prompts with all turns and reference answers appended; labels on answers only, left-padded."""
+        """Contexts and second prompts with all turns and reference answers appended; labels on answers only, left-padded.
+
+        Raises:
+            ValueError: for an example at stretched positions, at which nothing is trained.
+        """
+        moved = next((e for e in examples if e.stretch != 1), None)
+        if moved is not None:
+            raise ValueError(
+                f"expected examples at their own positions to train on, got {moved.id} at {moved.stretch:g} times them; "
+                "choose another task for training"
+            )
         rendered = self.render([e.whole() for e in examples])
         more, labels = [], []
         for turns, length in zip(rendered.turns, rendered.lengths, strict=True):

@@ -39,7 +39,7 @@ def _cut(waiting: list[Example], size: int) -> Iterator[list[Example]]:
 def manner(example: Example) -> tuple:
     """What the contexts of one batch share: how many turns of which length, and what stands around them."""
     media = (bool(example.images), bool(example.later), any(s.kind == "image" for s in example.later))
-    how = (example.plain, example.independent, example.evicts_answers)
+    how = (example.plain, example.independent, example.evicts_answers, example.stretch)
     return *media, *how, tuple(turn.max_new_tokens for turn in example.turns)
 
 

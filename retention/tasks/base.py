@@ -2,13 +2,14 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from retention.data.example import Example
+from retention.tasks.further import Row, companions
 
 SPLITS = ("train", "val", "test")
 
@@ -19,6 +20,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     chance: ClassVar[float]
+    suite: ClassVar[bool] = False
+    """Whether presets are the parts of one benchmark, whose score is their plain mean."""
 
     @abstractmethod
     def example(
@@ -33,6 +36,23 @@ class Task(ABC):
     def measured(self, measure: Callable[[Example], int]) -> "Task":
         """The task with lengths in a model's tokens, as `measure` counts them; tasks without a length stay as they are."""
         return self
+
+    @classmethod
+    def further(cls, rows: Sequence[Row]) -> dict[str, float]:
+        """What the rows of one setting (policy, budget, protocol) tell besides their mean score, by name.
+
+        Rows of all presets of the task may be among them: an example's id begins with the task's name. What cannot be
+        told from them is left out.
+        """
+        return companions(rows)
+
+    def judged(self, rows: Sequence[Row]) -> list[Row]:
+        """Answers with the scores of whoever judges them; here they stay as scorers have them."""
+        return list(rows)
+
+    def provenance(self, seed: int, split: str, wanted: int) -> dict[str, Any]:
+        """What the manifest says of the task's first `wanted` examples beside its settings."""
+        return {}
 
     def rng(self, seed: int, split: str, index: int) -> np.random.Generator:
         """The randomness of one example: from its seed, task, split and index only."""

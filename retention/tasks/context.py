@@ -36,6 +36,11 @@ class Context:
         """Cells per side of every board."""
         return len(self._boards[0])
 
+    @property
+    def blank_share(self) -> float:
+        """Share of the boards' cells that show nothing."""
+        return float(np.mean(np.stack(self._boards) == ""))
+
     def say(self, text: str) -> TextRef:
         """Add text; returns where it stands."""
         if not self._text:

@@ -3,15 +3,17 @@
 With `b_first` the same second region is asked about first: the difference, example by example, is the deferred penalty.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from retention.data.example import Turn
+from retention.data.example import Example, Turn
 from retention.tasks import boards
 from retention.tasks.context import Context, Ref
 from retention.tasks.filler import filler
+from retention.tasks.further import Row, gap
 from retention.tasks.keyed import digit_turn, key_words
 from retention.tasks.procedural import Check, Procedural
 from retention.tasks.scene import GRID
@@ -44,6 +46,21 @@ class DeferredRegion(Procedural):
             (1 <= self.n_images <= 4, "task.n_images between 1 and 4", self.n_images),
             (self.n_words >= 0, "task.n_words of 0 or more", self.n_words),
         )
+
+    def example(
+        self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
+    ) -> Example:
+        """One context with its turns, in one cluster with the same context asked in the other order."""
+        drawn = super().example(seed, split, index, style=style, n_turns=n_turns)
+        pair = f"{self.name}/{self.n_images}-{self.n_words}w/{self.tier}/{split}/{seed}/{index}"
+        told = {"cluster": pair, "groups": {"order": "first" if self.b_first else "second"}}
+        return replace(drawn, meta=drawn.meta | told)
+
+    @classmethod
+    def further(cls, rows: Sequence[Row]) -> dict[str, float]:
+        """The deferred penalty, where contexts were asked in both orders: region B first, less region B second."""
+        penalty = gap(rows, "order", "first", "second")
+        return super().further(rows) | ({} if penalty is None else {"deferred_penalty": penalty})
 
     def draw(self, rng: np.random.Generator, context: Context) -> list[Turn]:
         """The images, then the turn about region B and the one about region A."""

@@ -1,13 +1,15 @@
-"""The same needles in ever more that does not matter: further boards without needles, or near-ties in blank cells.
+"""The same needles in ever more that does not matter, in near-ties, or further apart: why does a full cache fall behind?
 
-Two causes by which a full cache falls behind, one setting each. The needles do not depend on either.
+Three causes, one setting each: boards without needles add length, near-ties in blank cells compete, and stretched
+positions put the same content beyond the distances a model was trained on. The needles do not depend on any of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
+from retention.data.example import Example
 from retention.tasks import boards
 from retention.tasks.context import Context
 from retention.tasks.keyed import ORPHANS, Keyed
@@ -17,7 +19,7 @@ from retention.tasks.scene import COLOURS, GRID
 
 @dataclass
 class Dilution(Keyed):
-    """Keyed needles with `n_blank` boards that hold none, and `n_ties` near-ties per board with needles."""
+    """Keyed needles with `n_blank` boards that hold none, `n_ties` near-ties per board, at `stretch` times their positions."""
 
     name: ClassVar[str] = "dilution"
 
@@ -25,6 +27,8 @@ class Dilution(Keyed):
     """Boards without needles, at random places between the others: the arm of length."""
     n_ties: int = 0
     """Letters of a board's keys in another colour, in its blank cells: the arm of ties."""
+    stretch: float = 1.0
+    """What rotary positions are multiplied by, the content staying what it is: the arm of position."""
 
     def checks(self) -> tuple[Check, ...]:
         """What the settings have to satisfy."""
@@ -35,7 +39,25 @@ class Dilution(Keyed):
             (self.n_blank >= 0, "task.n_blank of 0 or more", self.n_blank),
             (self.n_ties >= 0, "task.n_ties of 0 or more", self.n_ties),
             (not self.n_ties or crowded <= cells, f"needles and ties of a board in at most {cells} cells", crowded),
+            (self.stretch > 0, "task.stretch above 0", self.stretch),
         )
+
+    def example(
+        self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
+    ) -> Example:
+        """One context with its turns, grouped by what dilutes it."""
+        drawn = super().example(seed, split, index, style=style, n_turns=n_turns)
+        meta = drawn.meta | {"groups": {"cause": " ".join(self.causes()) or "none"}}
+        return replace(drawn, meta=meta, stretch=self.stretch)
+
+    def causes(self) -> list[str]:
+        """The arms that these settings are in."""
+        arms = (
+            (self.n_blank > 0, f"length +{self.n_blank}"),
+            (self.n_ties > 0, f"ties +{self.n_ties}"),
+            (self.stretch != 1, f"position x{self.stretch:g}"),
+        )
+        return [name for holds, name in arms if holds]
 
     def show_all(self, rng: np.random.Generator, context: Context, shown: boards.Words) -> list[int]:
         """The boards in order, ties added, those without needles at random places between them."""
@@ -49,7 +71,7 @@ class Dilution(Keyed):
 
     def variant(self) -> str:
         """Boards, pairs, turns and what dilutes them."""
-        return f"{super().variant()}-{self.n_blank}b{self.n_ties}n"
+        return f"{super().variant()}-{self.n_blank}b{self.n_ties}n{self.stretch:g}x"
 
     def _ties(self, rng: np.random.Generator, own: list[str], keys: set[str]) -> list[str]:
         """Letters of the board's keys in colours of keys, but none that is a key of the context; a decoy where all are."""

@@ -3,14 +3,16 @@
 `single`: one image holds the anchor. `multi`: two or three do; do all, or any, of them hold the target?
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from retention.data.example import Turn
+from retention.data.example import Example, Turn
 from retention.tasks import boards
 from retention.tasks.context import Context, Ref
+from retention.tasks.further import Row, gap
 from retention.tasks.names import one
 from retention.tasks.procedural import Check, Procedural
 from retention.tasks.scene import GRID
@@ -41,6 +43,21 @@ class HaystackAnyAll(Procedural):
             (self.kind in ("single", "multi"), "task.kind of single or multi", self.kind),
             (self.n_images >= least, f"task.n_images of at least {least}", self.n_images),
         )
+
+    def example(
+        self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
+    ) -> Example:
+        """One context with its turns, in one cluster with the same context's images of anchors alone."""
+        drawn = super().example(seed, split, index, style=style, n_turns=n_turns)
+        pair = f"{self.name}/{self.kind}-{self.n_images}-{self.query_position}/{self.tier}/{split}/{seed}/{index}"
+        told = {"cluster": pair, "groups": {"shown": "anchors" if self.only_anchors else "all"}}
+        return replace(drawn, meta=drawn.meta | told)
+
+    @classmethod
+    def further(cls, rows: Sequence[Row]) -> dict[str, float]:
+        """What the other images cost, where contexts were also shown without: anchors alone, less all images."""
+        cost = gap(rows, "shown", "anchors", "all")
+        return super().further(rows) | ({} if cost is None else {"haystack_cost": cost})
 
     def draw(self, rng: np.random.Generator, context: Context) -> list[Turn]:
         """The images, then the question; when turns are deferred, another about other shapes in other images."""

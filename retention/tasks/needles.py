@@ -1,9 +1,11 @@
 """Keyed needles over many images, asked in several turns after one prefill: which digit is right of the red K?
 
 Every later turn needs what the first question ignored (deferred importance). With `asked_colour` only the
-keys of one colour are ever asked, in training too: whether a gate learns which needles will matter.
+keys of one colour are ever asked, in training too: whether a gate learns which needles will matter. With `repeat`
+some turns ask for an earlier key again, whose importance is not deferred any more.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +14,7 @@ import numpy as np
 from retention.data.example import EvidenceRef, Example, Segment, TextRef, Turn
 from retention.embedded import LETTERS
 from retention.tasks.base import Task
+from retention.tasks.further import Row, asked_again
 from retention.tasks.scene import COLOURS, GRID, N_KEYS, Needle, draw_scene, enlarged
 from retention.types import require
 
@@ -33,6 +36,8 @@ class Needles(Task):
     """How many needles have the asked colour."""
     n_turns: int = 8
     """Questions per context."""
+    repeat: float = 0.0
+    """Share of the turns that ask for an earlier key again, at random places behind the first."""
     cell_px: int = 8
     """Pixels per cell: 8 for the embedded model, patch x merge (28 or 32) for others."""
 
@@ -65,6 +70,11 @@ class Needles(Task):
                 f"task.n_asked between {max(0, self.n_needles - N_KEYS + len(LETTERS))} and task.n_needles {self.n_needles}",
                 self.n_asked,
             ),
+            (
+                0 <= self.repeat <= 1 - 1 / max(1, self.n_turns),
+                f"task.repeat between 0 and {1 - 1 / max(1, self.n_turns):g} with {self.n_turns} turns, the first of which is new",
+                self.repeat,
+            ),
             (self.cell_px >= 8, "task.cell_px of at least 8", self.cell_px),
         )
         require(checks)
@@ -72,11 +82,12 @@ class Needles(Task):
     def example(
         self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
     ) -> Example:
-        """One context: images, then turns about distinct keys in random order."""
+        """One context: images, then turns about keys in random order, distinct but for those asked again."""
         rng = self.rng(seed, split, index)
         scene = draw_scene(rng, self._keys(rng), n_images=self.n_images, split=split)
         askable = [x for x in scene.needles if self.asked_colour in (None, x.name[0])]
-        asked = [askable[i] for i in rng.permutation(len(askable))[: self.n_turns if n_turns is None else n_turns]]
+        order, count = rng.permutation(len(askable)).tolist(), self.n_turns if n_turns is None else n_turns
+        asked = [askable[i] for i in self._repeated(rng, order, count)]
         return Example(
             id=f"{self.name}/{self._variant()}/{split}/{seed}/{index}",
             segments=[Segment("image", enlarged(image, self.cell_px)) for image in scene.images],
@@ -86,16 +97,32 @@ class Needles(Task):
                 "n_images": self.n_images,
                 "grid": GRID,
                 "chance": self.chance,
-                "n_distractors": len(scene.needles) - len(asked),
+                "n_distractors": len(scene.needles) - len({needle.key for needle in asked}),
             },
         )
+
+    @classmethod
+    def further(cls, rows: Sequence[Row]) -> dict[str, float]:
+        """How turns that ask for an earlier key again are answered."""
+        return super().further(rows) | asked_again(rows)
+
+    def _repeated(self, rng: np.random.Generator, order: list[int], count: int) -> list[int]:
+        """The first of an order, `count` in all, some of them taken again from those before."""
+        if not self.repeat:
+            return order[:count]
+        again = set((1 + rng.permutation(self.n_turns - 1)[: round(self.repeat * self.n_turns)]).tolist())
+        asked: list[int] = []
+        for turn in range(count):
+            fresh = len(set(asked))
+            asked.append(order[int(rng.integers(fresh)) if turn in again else fresh])
+        return asked
 
     def _askable(self) -> int | None:
         return self.n_needles if self.asked_colour is None else self.n_asked
 
     def _variant(self) -> str:
         asked = "any" if self.asked_colour is None else f"{self.n_asked}{self.asked_colour}"
-        return f"{self.n_images}x{self.n_needles}-{asked}"
+        return f"{self.n_images}x{self.n_needles}-{asked}{f'-{self.repeat:g}r' if self.repeat else ''}"
 
     def _keys(self, rng: np.random.Generator) -> np.ndarray:
         """Distinct keys in random order, with exactly `n_asked` of the asked colour."""

@@ -109,9 +109,14 @@ class Procedural(Task):
         return [replace(drawn[-1], scored=False), *asked]
 
     def _meta(self, context: Context, segments: list[Segment], turns: list[Turn]) -> dict[str, Any]:
-        meta = {"version": self.version, "tier": self.tier, "chance": self.guess, "n_images": context.n_boards}
+        meta: dict[str, Any] = {
+            "version": self.version,
+            "tier": self.tier,
+            "chance": self.guess,
+            "n_images": context.n_boards,
+        }
         if context.n_boards:
-            meta["grid"] = context.grid
+            meta |= {"grid": context.grid, "bg_frac": round(context.blank_share, 4)}
         return meta | {"depth": [_depth(turn, segments) for turn in turns]}
 
 

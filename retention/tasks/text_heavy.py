@@ -39,6 +39,7 @@ class TextHeavy(Needles):
         super().__post_init__()
         checks = (
             (self.asked_colour is None, "task.asked_colour of null for text_heavy", self.asked_colour),
+            (self.repeat == 0, "task.repeat of 0 for text_heavy", self.repeat),
             (self.ask in ASKED, f"task.ask among {', '.join(ASKED)}", self.ask),
             (self.n_words >= 16 * self.n_images, f"task.n_words of at least {16 * self.n_images}", self.n_words),
             (

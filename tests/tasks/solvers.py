@@ -22,7 +22,10 @@ def keyed(question, seen):
 
 
 def counted(question, seen):
-    return str(len(seen.where(key_of(question))))
+    colour = re.search(r"\b(red|green|blue)\b", question)
+    letter = re.search(r"letter ([A-Z])\b", question)
+    wanted = rf"{colour[1] if colour else '[a-z]+'}-{letter[1] if letter else '[A-Z]'}"
+    return str(sum(re.fullmatch(wanted, word or "") is not None for word in seen.boards.flat))
 
 
 def needle(question, seen):
@@ -129,12 +132,14 @@ def doc_pages(question, seen):
 
 def tile_index(question, seen):
     side = int(re.search(r"has (\d+) x", question)[1])
-    colour, shape, digit = re.search(rf"{MARK} and the digit (\d)", question).groups()
     tiles = [x for x in seen.pairs() if not x[1] % 2 and not x[2] % 2]
-    for board, row, column, mark, number in tiles:
-        if (mark, number) == (f"{colour}-{shape}", digit):
-            return f"{board + 1},{row // 2 + 1},{column // 2 + 1}"
-    return "-1" if len(tiles) == len(seen.boards) * side**2 else None
+    absent, places = "-1" if len(tiles) == len(seen.boards) * side**2 else "?", []
+    for colour, shape, digit in re.findall(rf"{MARK} and the digit (\d)", question):
+        at = [x[:3] for x in tiles if x[3:] == (f"{colour}-{shape}", digit)]
+        places.append([str(x) for x in (at[0][0] + 1, at[0][1] // 2 + 1, at[0][2] // 2 + 1)] if at else [absent])
+    if "list" in question:
+        return "[" + ", ".join("/".join(place) for place in places) + "]"
+    return ",".join(places[0])
 
 
 def haystack_any_all(question, seen):

@@ -13,7 +13,6 @@ from retention.budget import Budget
 from retention.cache.config import CacheConfig
 from retention.data.example import EvidenceRef, TextRef
 from retention.data.render import Renderer
-from retention.embedded import LETTERS
 from retention.policies import POLICIES
 from retention.tasks import TASKS, scene
 from retention.tasks.answering import answer_turns, prefill, read_on
@@ -22,7 +21,7 @@ from retention.tasks.filler import WHO, filler
 from retention.tasks.majority import Majority
 from retention.tasks.needles import Needles
 from retention.tasks.recall import Recall
-from retention.tasks.scene import COLOURS, DIGIT0, GRID, KEY0, key_index
+from retention.tasks.scene import DIGIT0, GRID, KEY0, key_index
 from retention.tasks.text_heavy import TextHeavy
 
 SUITE = {
@@ -32,7 +31,6 @@ SUITE = {
     "facts": TextHeavy(n_images=2, n_needles=6, n_words=40, n_facts=4, n_turns=4, ask="text"),
     "both": TextHeavy(n_images=2, n_needles=6, n_words=40, n_facts=4, n_turns=8, ask="both"),
     "majority": Majority(n_images=6, n_keys=3, votes=3, others=2, n_turns=3),
-    "diffuse_count": DiffuseCount(n_images=4, n_distractors=8),
 }
 every_task = pytest.mark.parametrize("name", SUITE)
 BEHIND = 3
@@ -73,6 +71,24 @@ def test_the_first_turn_alone_is_the_first_of_many(name):
     many, one = (SUITE[name].example(0, "test", 2, n_turns=n) for n in (None, 1))
     assert one.turns == many.turns[:1]
     assert [len(x.segments) for x in (one, many)] == [len(many.segments)] * 2
+
+
+@pytest.mark.parametrize("repeat", [0.25, 0.5])
+def test_a_share_of_the_turns_asks_an_earlier_key_again(repeat):
+    task, places = Needles(n_images=4, n_needles=16, n_turns=8, repeat=repeat), set()
+    for index in range(12):
+        example, plain = (replace(task, repeat=x).example(0, "test", index) for x in (repeat, 0.0))
+        asked_of = [turn.question for turn in example.turns]
+        again = [i for i, question in enumerate(asked_of) if question in asked_of[:i]]
+        fresh = [turn for i, turn in enumerate(example.turns) if i not in again]
+        assert len(again) == 8 * repeat
+        assert fresh == plain.turns[: len(fresh)]
+        assert all(example.turns[i] in fresh for i in again)
+        assert example.meta["n_distractors"] == 16 - len(fresh)
+        assert example.turns[:3] == task.example(0, "test", index, n_turns=3).turns
+        assert (example.images[0] == plain.images[0]).all()
+        places |= set(again)
+    assert places == set(range(1, 8))
 
 
 @every_task
@@ -157,23 +173,6 @@ def test_the_majority_is_the_majority_and_no_other_digit_comes_close(monkeypatch
     assert example.meta["one_vote"] == 0.6
 
 
-def test_a_count_is_the_number_of_its_cells_among_near_misses(monkeypatch):
-    counts = []
-    for index in range(40):
-        example, (cells,) = cells_of(monkeypatch, SUITE["diffuse_count"], index)
-        monkeypatch.undo()
-        turn, key = example.turns[0], asked(example.turns[0])
-        places = np.argwhere(cells == key).tolist()
-        assert turn.evidence == [EvidenceRef(*place) for place in places]
-        assert turn.answer == str(len(places))
-        others = cells[(cells >= KEY0) & (cells < KEY0 + len(LETTERS) * len(COLOURS)) & (cells != key)] - KEY0
-        letter, colour = others % 26 == (key - KEY0) % 26, others // 26 == (key - KEY0) // 26
-        assert (letter ^ colour).all()
-        assert (letter.sum(), colour.sum()) == (4, 4)
-        counts.append(len(places))
-    assert len(set(counts)) > 6
-
-
 @every_task
 def test_answers_are_spread_over_the_digits(name):
     answers = Counter(turn.answer for i in range(150) for turn in SUITE[name].example(0, "train", i).turns)
@@ -244,9 +243,9 @@ def test_the_same_tokens_reach_the_model_in_one_prompt_or_in_two(embedded_proces
         (Majority, {"n_images": 4}, "at most 32 occurrences in 4 images, got 40"),
         (Majority, {"n_turns": 5}, "task.n_turns between 1 and 4, got 5"),
         (Majority, {"cell_px": 7}, "task.cell_px of at least 8, got 7"),
-        (DiffuseCount, {"n_images": 1}, "task.n_images of at least 2, got 1"),
-        (DiffuseCount, {"n_distractors": 200}, "task.n_distractors between 0 and 119, got 200"),
-        (DiffuseCount, {"cell_px": 7}, "task.cell_px of at least 8, got 7"),
+        (TextHeavy, {"repeat": 0.5}, "task.repeat of 0 for text_heavy, got 0.5"),
+        (Needles, {"repeat": 1.0}, "task.repeat between 0 and 0.875 with 8 turns, the first of which is new, got 1.0"),
+        (Needles, {"repeat": 0.5, "n_turns": 1}, "task.repeat between 0 and 0 with 1 turns"),
     ],
 )
 def test_tasks_without_meaning_are_refused_with_a_sentence(task, changes, sentence):
@@ -255,7 +254,7 @@ def test_tasks_without_meaning_are_refused_with_a_sentence(task, changes, senten
 
 
 def test_cells_grow_with_their_pixels():
-    for task in (Majority(cell_px=16), DiffuseCount(cell_px=16), replace(SUITE["recall"], cell_px=16)):
+    for task in (Majority(cell_px=16), replace(SUITE["recall"], cell_px=16)):
         example = task.example(0, "train", 0)
         images = [*example.images, *(x.payload for x in example.later if x.kind == "image")]
         assert {image.shape for image in images} == {(16 * GRID, 16 * GRID, 3)}

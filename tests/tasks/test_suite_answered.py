@@ -17,6 +17,7 @@ from retention.policies import POLICIES
 from retention.tasks.answering import answer_turns, prefill
 from retention.tasks.count_list import CountList
 from retention.tasks.deferred_region import DeferredRegion
+from retention.tasks.diffuse_count import DiffuseCount
 from retention.tasks.dilution import Dilution
 from retention.tasks.doc_pages import DocPages
 from retention.tasks.haystack_any_all import HaystackAnyAll
@@ -130,6 +131,11 @@ def test_the_same_region_is_scored_whichever_is_asked_about_first():
         (DocPages, {"n_rows": 7}, "task.n_rows between 1 and 6, got 7"),
         (DocPages, {"n_turns": 4, "hops": 2}, "task.n_pages of at least 8, got 6"),
         (TileIndex, {"n_images": 60}, "between 4 and 200 tiles in a context, got 240"),
+        (TileIndex, {"n_targets": 9}, "task.n_targets between 1 and 8, got 9"),
+        (Dilution, {"stretch": 0.0}, "task.stretch above 0, got 0.0"),
+        (DiffuseCount, {"attribute": "size"}, "task.attribute among both, colour, letter, got 'size'"),
+        (DiffuseCount, {"n_images": 1}, "task.n_images of at least 2, got 1"),
+        (DiffuseCount, {"n_distractors": 200}, "task.n_distractors between 0 and 119, got 200"),
         (HaystackAnyAll, {"kind": "multi", "n_images": 2}, "task.n_images of at least 3, got 2"),
         (LongTrace, {"tier": "hard"}, "task.tier among symbolic for long_trace, got 'hard'"),
         (LongTrace, {"n_steps": 0}, "task.n_steps of at least 1, got 0"),
@@ -146,6 +152,7 @@ def test_tasks_without_meaning_are_refused_with_a_sentence(task, changes, senten
     "task",
     [
         CountList(),
+        DiffuseCount(attribute="colour"),
         ThreeStatements(),
         Jigsaw(),
         StateChange(),

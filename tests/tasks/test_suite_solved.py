@@ -38,10 +38,12 @@ OLDER = {
     "recall": Recall(),
     "text_heavy": TextHeavy(ask="both"),
     "majority": Majority(),
-    "diffuse_count": DiffuseCount(),
 }
 NEWER: dict[str, Procedural] = {
     **{f"needle_{kind}": Needle(kind=kind, n_words=32) for kind in ("text", "image", "index")},
+    "diffuse_count": DiffuseCount(),
+    "diffuse_count_colour": DiffuseCount(attribute="colour"),
+    "diffuse_count_letter": DiffuseCount(attribute="letter", n_images=8),
     "deferred_region": DeferredRegion(),
     "deferred_region_b_first": DeferredRegion(b_first=True),
     "multi_query": MultiQuery(),
@@ -56,11 +58,13 @@ NEWER: dict[str, Procedural] = {
     "doc_pages": DocPages(),
     "doc_pages_2": DocPages(hops=2),
     "tile_index": TileIndex(),
+    "tile_index_list": TileIndex(n_targets=3),
     "haystack_single": HaystackAnyAll(),
     "haystack_multi": HaystackAnyAll(kind="multi"),
     "haystack_anchors": HaystackAnyAll(kind="multi", only_anchors=True),
     "dilution": Dilution(),
     "dilution_ties": Dilution(n_blank=0, n_ties=8),
+    "dilution_position": Dilution(n_blank=0, stretch=3.0),
     "tpr_stress": TprStress(),
     "stream_video": StreamVideo(),
     "stream_video_pan": StreamVideo(pan=True),
@@ -122,6 +126,27 @@ def test_a_question_alone_does_not_say_its_answer(name, recorder):
         answers.update(turn.answer for turn in scored(example))
     guess, total = example.meta["chance"], answers.total()
     assert max(answers.values()) / total <= guess + 4 * (guess * (1 - guess) / total) ** 0.5
+
+
+def test_a_count_is_the_number_of_its_cells_among_near_misses(recorder):
+    for attribute, axes in (("both", (0, 1)), ("colour", (0,)), ("letter", (1,))):
+        counts = Counter()
+        for index in range(60):
+            example, words = recorder.example(DiffuseCount(n_images=4, n_distractors=8, attribute=attribute), index)
+            (turn,) = example.turns
+            letters = {place: words[place].split("-") for place in np.ndindex(*words.shape) if "-" in words[place]}
+            counted = [letters[ref.image, ref.row, ref.column] for ref in turn.evidence]
+            others = [word for place, word in letters.items() if EvidenceRef(*place) not in turn.evidence]
+            assert turn.answer == str(len(counted))
+            assert len({tuple(word[axis] for axis in axes) for word in counted}) <= 1
+            assert len(others) == 8
+            for target in counted[:1]:
+                shared = Counter(tuple(a == b for a, b in zip(word, target, strict=True)) for word in others)
+                if attribute == "both":
+                    assert shared == {(True, False): 4, (False, True): 4}
+                assert all(not all(told[axis] for axis in axes) for told in shared)
+            counts[turn.answer] += 1
+        assert len(counts) > 7
 
 
 def same(a, b):
