@@ -48,6 +48,7 @@ def test_groups_are_averaged_over_contexts_not_answers():
         answer(example_id="c0", turn=1, score=0.0, groups={"level": 1}, readable=False, cut_off=True),
         answer(example_id="c1", score=1.0, groups={"level": 1, "kind": "x"}, readable=None, cut_off=True),
         answer(example_id="c2", score=0.0, groups={"level": 2}, error="broken"),
+        answer(example_id="c3", score=0.0, groups={"level": 1}, scored=False, readable=False, cut_off=True),
     ]
     table = {(row["by"], row["group"]): row for row in by_group(found)}
     assert set(table) == {("level", "1"), ("kind", "x")}
@@ -56,3 +57,34 @@ def test_groups_are_averaged_over_contexts_not_answers():
     assert level["cut_off"] == pytest.approx(2 / 3)
     assert table["kind", "x"]["readable"] is None
     assert by_group([answer()]) == []
+
+
+def test_contexts_of_two_seeds_that_are_called_alike_are_two():
+    found = [answer(seed_data=seed, score=float(seed), groups={"level": 1}) for seed in (0, 1, 1)]
+    (level,) = by_group(found)
+    assert (level["n_contexts"], level["accuracy"]) == (2, 0.5)
+
+
+def test_the_mean_of_groups_counts_each_alike():
+    sizes = {"easy": (3, 1.0), "hard": (1, 0.0)}
+    found = [
+        answer(example_id=f"{name}{i}", score=score, groups={"level": name}, readable=True)
+        for name, (count, score) in sizes.items()
+        for i in range(count)
+    ]
+    assert [(row["group"], row["accuracy"], row["n_contexts"]) for row in by_group(found)] == [
+        ("easy", 1.0, 3), ("hard", 0.0, 1), ("mean", 0.5, 4),
+    ]  # fmt: skip
+    assert [row["readable"] for row in by_group(found)] == [1.0] * 3
+
+
+def test_presets_of_one_benchmark_are_groups_of_it_and_those_of_other_tasks_are_not():
+    tasks = {"ruler_vt": ("ruler", 1.0), "ruler_cwe": ("ruler", 0.0), "needles": ("needles", 1.0)}
+    found = [
+        answer(task=task, example_id=f"{name}/{task}/{i}", score=score)
+        for task, (name, score) in (tasks | {"needles_580": ("needles", 0.0)}).items()
+        for i in range(2)
+    ]
+    told = [(row["task"], row["by"], row["group"], row["accuracy"]) for row in by_group(found)]
+    assert told == [("ruler", "preset", "ruler_vt", 1.0), ("ruler", "preset", "ruler_cwe", 0.0), ("ruler", "preset", "mean", 0.5)]  # fmt: skip
+    assert by_group([row for row in found if row["task"] != "ruler_cwe"]) == []

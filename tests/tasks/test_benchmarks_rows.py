@@ -133,7 +133,12 @@ def test_images_stand_in_their_places_and_the_question_behind_the_last(tmp_path)
     assert [s.kind for s in niah.segments] == ["text", "image", "text", "image", "text"]
     assert niah.turns[0].evidence == [TextRef(2, 0, 28)]
     assert niah.segments[2].payload == "The heron nests by the mill. Rain fell."
-    assert niah.meta["groups"] == {"task": "retrieval-text", "length": "2k", "depth": "40%"}
+    assert niah.meta["groups"] == {
+        "task": "retrieval-text",
+        "length": "2k",
+        "depth": "40%",
+        "length x depth": "2k x 40%",
+    }
     pictured = read("mm_niah", tmp_path / "o", 2).example(0, "test", 0)
     assert [s.kind for s in pictured.later] == ["text", "image", "text", "image"]
     assert pictured.turns[0].answer == "A"
@@ -210,7 +215,56 @@ def test_problems_are_asked_several_times_with_seeds_of_their_own(tmp_path):
     assert task.example(0, "test", 4).sampling == drawn[4].sampling != task.example(1, "test", 4).sampling
     assert all(e.evicts_answers for e in drawn)
     assert (drawn[0].segments[0].payload, drawn[0].turns[0].answer) == ("What is 3 + 30?\n\n", "33")
+    told = task.provenance(0, "test", 4)["sampling_seeds"]
+    assert told == {e.id: e.sampling.seed for e in drawn[:4]}
+    assert read("aime", tmp_path / "b").provenance(0, "test", 4) == {}
     assert read("gsm8k", tmp_path / "g", decode_budget=False).example(0, "test", 0).evicts_answers is False
+
+
+def test_thoughts_come_first_and_the_letter_alone_is_scored(tmp_path):
+    once, twice = (read("longbench_v2", tmp_path / str(i), chain_of_thought=bool(i)) for i in range(2))
+    alone, (thought, letter) = once.example(0, "test", 0).turns[0], twice.example(0, "test", 0).turns
+    assert (thought.scored, thought.max_new_tokens, letter.scored, letter.max_new_tokens) == (False, 1024, True, 128)
+    assert thought.question.splitlines()[:-1] == alone.question.splitlines()[:-1]
+    assert "correct answer is (letter)" in letter.question
+    assert "correct answer" not in thought.question
+    assert (letter.answer, letter.choices, letter.scorer) == (alone.answer, alone.choices, alone.scorer)
+    example = twice.example(0, "test", 0)
+    assert (example.id, example.meta["chance"]) == ("longbench_v2/train-cot/test/0", 0.25)
+    assert example.meta["groups"]["difficulty x length"] == "easy x short"
+
+
+def test_sets_are_read_in_turn_as_each_would_be_alone(tmp_path):
+    (tmp_path / "kv_retrieval.jsonl").write_text(
+        "\n".join(json.dumps(texts.infinite(f"Key {i}?", [f"v{i}"])) for i in range(3))
+    )
+    (tmp_path / "passkey.jsonl").write_text(json.dumps(texts.infinite("What is the pass key?", ["71432"])))
+    task = BENCHMARKS["infinitebench"](path=str(tmp_path), sets=["kv_retrieval", "passkey"])
+    assert task.available("test", 9) == 4
+    ids = [task.example(0, "test", i).id for i in range(4)]
+    parts = [("kv_retrieval", 0), ("passkey", 0), ("kv_retrieval", 1), ("kv_retrieval", 2)]
+    assert ids == [f"infinitebench/{name}/test/{number}" for name, number in parts]
+    alone = BENCHMARKS["infinitebench"](path=str(tmp_path), data_split="passkey").example(0, "test", 0)
+    assert task.example(0, "test", 1) == alone
+    assert replace(task, limit=1).available("test", 9) == 2
+    with pytest.raises(ValueError, match=r"has 4 rows of split test in its sets, got index 4"):
+        task.example(0, "test", 4)
+    every = replace(task, sets=["all"])
+    assert [member.data_split for member in every.members] == list(every.known())
+    with pytest.raises(ValueError, match=r"task.infinitebench.path to be a hub id or a folder for several sets"):
+        replace(task, path=str(tmp_path / "passkey.jsonl"))
+    with pytest.raises(ValueError, match=r"task.infinitebench.data_split among passkey.*, got 'lookup'"):
+        replace(task, sets=["lookup"])
+
+
+def test_all_sets_are_those_of_the_authors(tmp_path):
+    counts = {name: len(BENCHMARKS[name]().known()) for name in ("longbench", "scbench", "infinitebench", "mm_niah", "mmmu", "mmmu_pro")}  # fmt: skip
+    assert counts == {"longbench": 21, "scbench": 12, "infinitebench": 12, "mm_niah": 6, "mmmu": 30, "mmmu_pro": 2}
+    here = read("milebench", tmp_path)
+    both = replace(task_of("milebench", FIXTURES["milebench"][1], tmp_path / "data"), sets=["all"])
+    assert both.known() == ["ActionSequence", "TextNeedleInAHaystack"]
+    assert [both.example(0, "test", i).meta["groups"]["set"] for i in range(2)] == both.known()
+    assert both.example(0, "test", 0).turns == here.example(0, "test", 0).turns
 
 
 def test_rows_are_counted_shuffled_and_set_apart(tmp_path, caplog):

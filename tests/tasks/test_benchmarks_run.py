@@ -37,7 +37,7 @@ def text_model():
 def evaluated(name, model, folder, *, number=0, more=(), **changes):
     """Rows and summary of the fixture of a benchmark under the full cache and three policies."""
     task = task_of(name, {**texts.FIXTURES, **images.FIXTURES}[name][number], folder / "data", **changes)
-    asked = {key: value for key, value in vars(task).items() if key != "rows" and value is not None}
+    asked = {key: value for key, value in vars(task).items() if key not in ("rows", "judge") and value is not None}
     settings = [f"task.{name}.{key}={json.dumps(value)}" for key, value in asked.items()]
     overrides = [
         f"tasks=[{name}]", f"model.name={zoo.saved(model) if model else text_model()}", "model=hf", "gates=null", f"policies=[{','.join(POLICIES)}]",
@@ -49,7 +49,13 @@ def evaluated(name, model, folder, *, number=0, more=(), **changes):
 
 
 CASES = [
-    ("gsm8k", None, {"decode_budget": False, "most_new_tokens": 4}, 2, 1),
+    (
+        "longbench_v2",
+        None,
+        {"chain_of_thought": True, "most_thought": 3, "most_new_tokens": 4, "max_tokens": 400},
+        2,
+        2,
+    ),
     ("docvqa", "qwen2_vl", {"most_new_tokens": 4}, 1, 1),
     ("video_mme", "qwen2_vl", {"frames": 2, "most_new_tokens": 4}, 4, 1),
     ("mm_niah", "qwen2_vl", {"most_new_tokens": 4}, 2, 1),
@@ -70,6 +76,12 @@ def test_every_row_is_answered_under_every_policy(name, model, changes, contexts
             assert row["kept"] < 0.4 * row["entries_full"]
     assert len(summary["rows"]) == 4
     assert name in result.table
+    if name == "longbench_v2":
+        assert {(row["turn"], row["scored"], row["generated"] <= 3) for row in rows} >= {(0, False, True)}
+        assert {row["turn"] for row in rows if row["scored"]} == {1}
+        assert {row["n"] for row in summary["rows"]} == {2}
+        strata = {(row["by"], row["group"]): row["n_contexts"] for row in summary["groups"]}
+        assert strata["difficulty x length", "easy x short"] == 2
     if name == "video_mme":
         assert {row["cluster"] for row in rows} == {"abc", "xyz"}
         assert {(row["n_contexts"], row["n_clusters"]) for row in summary["rows"]} == {(4, 2)}

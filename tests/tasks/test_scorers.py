@@ -89,6 +89,8 @@ TABLE = [
     ("first_number", "2.5", "2.50", 1.0),
     ("last_integer", "The value is `-7`.", "-7", 1.0),
     ("last_integer", "-7 or 8", "-7", 0.0),
+    ("last_integer", "The value is 007.", "7", 1.0),
+    ("last_integer", "The value is unknown", "7", 0.0),
     ("short_answer", "Adding up.\nIt is 3.504", "3.50", 1.0),
     ("short_answer", "It is 3.50\nNo, 4.", "3.50", 0.0),
     ("short_answer", "The answer is Both Sides.", "both sides", 1.0),

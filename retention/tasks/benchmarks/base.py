@@ -35,8 +35,6 @@ class DatasetTask(Task):
     """Where prompts over `max_tokens` are shortened."""
     kept: ClassVar[int] = 0
     """First segments that stay, where the cut is at the start."""
-    comparable: ClassVar[bool] = True
-    """False where the authors' metric asks a judge that is a language model and this one does not."""
 
     path: str = ""
     """A hub id, or a local file or folder in the same schema."""
@@ -77,6 +75,11 @@ class DatasetTask(Task):
                 ),
             ]
         )
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the score is the authors'; not where they ask a language model to judge and nobody is asked here."""
+        return True
 
     @abstractmethod
     def build(self, row: Row, rng: np.random.Generator) -> Example:

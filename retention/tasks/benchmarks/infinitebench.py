@@ -11,7 +11,8 @@ from typing import ClassVar
 import numpy as np
 
 from retention.data.example import Example, Segment, Turn
-from retention.tasks.benchmarks.base import DatasetTask, Row
+from retention.tasks.benchmarks.base import Row
+from retention.tasks.benchmarks.sets import SetsTask
 from retention.tasks.benchmarks.wording import choice_turn
 from retention.types import require
 
@@ -52,10 +53,11 @@ PARTS: dict[str, tuple[int, str, str, str]] = {
 
 
 @dataclass
-class InfiniteBench(DatasetTask):
+class InfiniteBench(SetsTask):
     """One part, named by `data_split`."""
 
     name: ClassVar[str] = "infinitebench"
+    names_set: ClassVar[str] = "data_split"
     schema: ClassVar[dict[str, str]] = {
         "id": "integer",
         "context": "text",
@@ -71,6 +73,10 @@ class InfiniteBench(DatasetTask):
         super().__post_init__()
         known = self.data_split in PARTS
         require([(known, f"task.infinitebench.data_split among {', '.join(PARTS)}", self.data_split)])
+
+    def known(self) -> Sequence[str]:
+        """The twelve parts."""
+        return list(PARTS)
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Instruction and context, then the question."""

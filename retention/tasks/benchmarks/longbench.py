@@ -3,17 +3,19 @@
 Instruction, document, instruction again, question and cue, as the authors order them, in words of our own; few-shot and
 code sets without the chat template; cut in the middle. Scorers as in the authors' evaluation, but for two: ROUGE-L is
 that of the whole text as one sequence, and Chinese is compared by characters instead of jieba's words. The score of the
-benchmark is the plain mean over its sets.
+benchmark is the plain mean over its sets (`sets: [all]`, and the group `mean` of `set`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from retention.data.example import Example, Segment, Turn
-from retention.tasks.benchmarks.base import DatasetTask, Row
+from retention.tasks.benchmarks.base import Row
 from retention.tasks.benchmarks.schema import column
+from retention.tasks.benchmarks.sets import SetsTask
 from retention.types import require
 
 
@@ -131,7 +133,7 @@ SETS: dict[str, Set] = {
 
 
 @dataclass
-class LongBench(DatasetTask):
+class LongBench(SetsTask):
     """One set, named by `subset`; `<name>_e` is its part in LongBench-E."""
 
     name: ClassVar[str] = "longbench"
@@ -153,6 +155,10 @@ class LongBench(DatasetTask):
         super().__post_init__()
         known = (self.subset or "").removesuffix("_e") in SETS
         require([(known, f"task.longbench.subset among {', '.join(SETS)}, or with _e", self.subset)])
+
+    def known(self) -> Sequence[str]:
+        """The 21 sets."""
+        return list(SETS)
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Document between instructions, then the question."""

@@ -5,7 +5,7 @@ their places come first; what stands behind the last image is the question. Prom
 between instruction and question, from its start on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +14,9 @@ import numpy as np
 
 from retention.data.example import Example, Segment, Turn
 from retention.data.source import JsonFile
-from retention.tasks.benchmarks.base import DatasetTask, Row
+from retention.tasks.benchmarks.base import Row
 from retention.tasks.benchmarks.schema import check_row
+from retention.tasks.benchmarks.sets import SetsTask
 from retention.tasks.benchmarks.wording import choice_turn, interleaved
 from retention.types import require
 
@@ -24,7 +25,7 @@ CONTAINED, SPLIT = ("MMCoQA",), ("TextNeedleInAHaystack", "ImageNeedleInAHaystac
 
 
 @dataclass
-class MileBench(DatasetTask):
+class MileBench(SetsTask):
     """One set, named by `subset`."""
 
     name: ClassVar[str] = "milebench"
@@ -60,6 +61,10 @@ class MileBench(DatasetTask):
     @property
     def _folder(self) -> Path | None:
         return Path(self.folder) if self.folder is not None else Path(self.path) / str(self.subset) / "images"
+
+    def known(self) -> Sequence[str]:
+        """The sets that lie in the local folder."""
+        return sorted(file.stem for file in Path(self.path).glob("*/*.json") if file.stem == file.parent.name)
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Instruction, context with its images, then what follows them with the options."""

@@ -5,6 +5,7 @@ are found again in the document and marked as evidence. Options that are images 
 second prompt, for the questions of this package are text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,18 +15,20 @@ import numpy as np
 from retention.data.example import EvidenceRef, Example, Segment, TextRef, Turn
 from retention.data.hub import hub_file, open_source
 from retention.data.source import Rows, SourceConfig
-from retention.tasks.benchmarks.base import DatasetTask, Row
+from retention.tasks.benchmarks.base import Row
 from retention.tasks.benchmarks.schema import check_row
+from retention.tasks.benchmarks.sets import SetsTask
 from retention.tasks.benchmarks.wording import LETTER, choice_turn, interleaved, letter_of
 from retention.tasks.scorers.choice import LETTERS
 
 PLACE = "(<image>)"
+TASKS = tuple(f"{task}-{needle}" for task in ("retrieval", "counting", "reasoning") for needle in ("text", "image"))
 LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 64)
 """Upper ends of the bins of context length, in thousands of tokens; as the authors' heat maps have."""
 
 
 @dataclass
-class MMNIAH(DatasetTask):
+class MMNIAH(SetsTask):
     """A document with images, a question, and options, a list or a word as answer."""
 
     name: ClassVar[str] = "mm_niah"
@@ -54,6 +57,10 @@ class MMNIAH(DatasetTask):
         assert isinstance(found, Rows)
         return found
 
+    def known(self) -> Sequence[str]:
+        """Three tasks on needles of two kinds."""
+        return TASKS
+
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """The document, then the question."""
         meta = row["meta"]
@@ -66,6 +73,7 @@ class MMNIAH(DatasetTask):
         depth = np.mean(meta["placed_depth"])
         length = next((f"{bound}k" for bound in LENGTHS if meta["context_length"] <= 1000 * bound), "more")
         groups = {"task": self.subset, "length": length, "depth": f"{min(4, int(5 * depth)) * 20}%"}
+        groups["length x depth"] = f"{length} x {groups['depth']}"
         return Example("", segments, [turn], "after", {"groups": groups}, later=later)
 
     def _asked(self, row: Row) -> tuple[Turn, list[Segment]]:

@@ -6,17 +6,26 @@ before the question is read, which in place they could not.
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from retention.data.example import Example, Segment, Turn
-from retention.tasks.benchmarks.base import DatasetTask, Row
+from retention.tasks.benchmarks.base import Row
+from retention.tasks.benchmarks.sets import SetsTask
 from retention.tasks.benchmarks.wording import SHORT, choice_turn
 from retention.tasks.scorers.choice import LETTERS
 
 MOST_IMAGES = 7
+SUBJECTS = [
+    "Accounting", "Agriculture", "Architecture_and_Engineering", "Art", "Art_Theory", "Basic_Medical_Science",
+    "Biology", "Chemistry", "Clinical_Medicine", "Computer_Science", "Design",
+    "Diagnostics_and_Laboratory_Medicine", "Economics", "Electronics", "Energy_and_Power", "Finance", "Geography",
+    "History", "Literature", "Manage", "Marketing", "Materials", "Math", "Mechanical_Engineering", "Music",
+    "Pharmacy", "Physics", "Psychology", "Public_Health", "Sociology",
+]  # fmt: skip
 
 
 def listed(value: str | list[str]) -> list[str]:
@@ -32,7 +41,7 @@ def named(text: str) -> str:
 
 
 @dataclass
-class MMMU(DatasetTask):
+class MMMU(SetsTask):
     """A question of one subject with up to seven images, and options or a short answer."""
 
     name: ClassVar[str] = "mmmu"
@@ -53,6 +62,10 @@ class MMMU(DatasetTask):
     data_split: str = "validation"
     max_new_tokens: int = 16
     """Longest answer."""
+
+    def known(self) -> Sequence[str]:
+        """The 30 subjects."""
+        return SUBJECTS
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Numbered images, then the question with its options."""

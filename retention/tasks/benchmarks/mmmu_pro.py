@@ -1,5 +1,6 @@
 """MMMU-Pro (Yue et al., 2025, arXiv:2409.02813): MMMU with ten options, or with the question inside the image. Apache-2.0."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from retention.tasks.benchmarks.schema import check_row
 from retention.tasks.benchmarks.wording import choice_turn
 from retention.tasks.scorers.choice import LETTERS
 
-VISION = "vision"
+TEN, VISION = "standard (10 options)", "vision"
 
 
 @dataclass
@@ -23,18 +24,25 @@ class MMMUPro(MMMU):
     schema: ClassVar[dict[str, str]] = {"id": "text", "options": "answer", "answer": "text", "subject": "text"}
 
     path: str = "MMMU/MMMU_Pro"
-    subset: str | None = "standard (10 options)"
+    subset: str | None = TEN
     data_split: str = "test"
+
+    def known(self) -> Sequence[str]:
+        """The two whose mean is the authors' score."""
+        return [TEN, VISION]
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Images and question, or the image that shows both."""
         if self.subset != VISION:
             check_row(self.name, row, MMMU.schema)
-            return super().build(row, rng)
+            found = super().build(row, rng)
+            found.meta["groups"]["set"] = self.subset
+            return found
         check_row(self.name, row, {"image": "image"})
         choices = listed(row["options"])
         turn = choice_turn(
             "Answer the question in the image.", choices, LETTERS.index(row["answer"]), new=self.max_new_tokens
         )
         turn.question = "Answer the question in the image with the letter of the right option alone."
-        return Example("", [self.picture(row["image"])], [turn], "after", {"groups": {"subject": row["subject"]}})
+        groups = {"subject": row["subject"], "set": self.subset}
+        return Example("", [self.picture(row["image"])], [turn], "after", {"groups": groups})

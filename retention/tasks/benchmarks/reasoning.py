@@ -3,6 +3,7 @@
 import zlib
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,14 @@ class ReasoningTask(DatasetTask):
         if self.temperature is not None:
             drawn = Sampling(self.temperature, self.top_p, zlib.crc32(f"{found.id}/{seed}/{sample}".encode()))
         return replace(found, id=f"{found.id}/{sample}", meta=meta, sampling=drawn)
+
+    def provenance(self, seed: int, split: str, wanted: int) -> dict[str, Any]:
+        """The seed that each solution is drawn by, where it is drawn."""
+        told = super().provenance(seed, split, wanted)
+        if self.temperature is None:
+            return told
+        drawn = (self.example(seed, split, i) for i in range(self.available(split, wanted)))
+        return told | {"sampling_seeds": {e.id: e.sampling.seed for e in drawn if e.sampling is not None}}
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """The problem as context, then how to answer."""

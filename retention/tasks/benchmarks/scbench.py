@@ -1,19 +1,21 @@
 """SCBench (Li et al., 2025, arXiv:2412.10319): several questions on one long context, in two modes. MIT.
 
 `multi_turn`: one dialogue in which the answers stay; the model's own ones here, the reference ones at the authors.
-`same_context`: every question is asked of the cache as the context left it. Scorers as in the authors' evaluation; the
-function that is repeated is compared with the others of the same context.
+`same_context`: every question is asked of the cache as the context left it. Scorers as in the authors' evaluation,
+which takes English questions on books for right where the answer is contained; the function that is repeated is compared
+with the others of the same context.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from retention.data.example import Example, Segment, Turn
-from retention.tasks.benchmarks.base import DatasetTask, Row
+from retention.tasks.benchmarks.base import Row
 from retention.tasks.benchmarks.schema import check_row
+from retention.tasks.benchmarks.sets import SetsTask
 from retention.tasks.benchmarks.wording import choice_turn
 from retention.types import require
 
@@ -44,11 +46,13 @@ SETS: dict[str, tuple[int, str, str, str]] = {
     "scbench_passkey": (15, "first_number", "", "{input}"),
 }
 """Most new tokens, scorer, what stands before the context, and a question; sets of two tasks name each turn's."""
+PART = "scbench_passkey"
+"""Comes within summary_with_needles alone."""
 _MIXED = {("scbench_repoqa_and_kv", "scbench_kv"): 80, ("scbench_summary_with_needles", "scbench_summary"): 800}
 
 
 @dataclass
-class SCBench(DatasetTask):
+class SCBench(SetsTask):
     """One set, named by `subset`: its context and all questions of a row."""
 
     name: ClassVar[str] = "scbench"
@@ -72,6 +76,10 @@ class SCBench(DatasetTask):
     def part(self) -> str:
         """Set and mode."""
         return f"{self.subset}-{self.mode}"
+
+    def known(self) -> Sequence[str]:
+        """The twelve sets."""
+        return [name for name in SETS if name != PART]
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Instruction and context, then the questions."""

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from retention.data.example import Example, Turn
+from retention.data.example import Example
 from retention.tasks.benchmarks.base import DatasetTask, Row
-from retention.tasks.benchmarks.wording import SHORT
+from retention.tasks.benchmarks.wording import photograph_turn
 
 
 @dataclass
@@ -33,6 +33,5 @@ class TextVQA(DatasetTask):
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """The photograph, then the question with a capital."""
         asked = row["question"].strip()
-        text = f"{asked[:1].upper()}{asked[1:]}\n{SHORT}"
-        turn = Turn(text, list(row["answers"]), scorer="vqa_soft", max_new_tokens=16)
+        turn = photograph_turn(f"{asked[:1].upper()}{asked[1:]}", row["answers"])
         return Example("", [self.picture(row["image"])], [turn], "after", {"cluster": row["image_id"]})

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from retention.data.example import Example, Turn
+from retention.data.example import Example
 from retention.tasks.benchmarks.base import DatasetTask, Row
-from retention.tasks.benchmarks.wording import SHORT
+from retention.tasks.benchmarks.wording import photograph_turn
 
 UNANSWERABLE = 'Where the picture does not tell, answer "unanswerable".'
 
@@ -33,7 +33,5 @@ class VizWiz(DatasetTask):
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """The photograph, then the question and what to say where there is no answer."""
-        usual = max(row["answers"], key=row["answers"].count)
-        text = f"{row['question']}\n{UNANSWERABLE} {SHORT}"
-        turn = Turn(text, list(row["answers"]), scorer="vqa_soft", max_new_tokens=16, told=usual)
+        turn = photograph_turn(row["question"], row["answers"], UNANSWERABLE)
         return Example("", [self.picture(row["image"])], [turn], "after", {"groups": {"category": row["category"]}})

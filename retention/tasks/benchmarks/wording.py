@@ -38,6 +38,13 @@ def choice_turn(question: str, choices: Sequence[str], answer: str | int, *, new
     return Turn(text, letter, scorer="choice_letter", max_new_tokens=new, choices=list(choices))
 
 
+def photograph_turn(question: str, answers: Sequence[str], hint: str = "") -> Turn:
+    """A question about a photograph that ten people answered; the commonest answer is a right one."""
+    told = max(answers, key=list(answers).count)
+    cue = f"{hint} {SHORT}" if hint else SHORT
+    return Turn(f"{question}\n{cue}", list(answers), scorer="vqa_soft", max_new_tokens=16, told=told)
+
+
 def interleaved(text: str, place: str, picture: Callable[[str], Segment]) -> list[Segment]:
     """A text as segments, `picture` called with what each match of the pattern's group holds."""
     pieces = re.split(place, text)

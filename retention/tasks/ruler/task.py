@@ -40,6 +40,7 @@ class Ruler(Procedural):
 
     name: ClassVar[str] = "ruler"
     chance: ClassVar[float] = 0.0
+    suite: ClassVar[bool] = True
     tiers: ClassVar[tuple[str, ...]] = ("symbolic",)
     positions: ClassVar[tuple[str, ...]] = ("before", "after")
     styles: ClassVar[tuple[str, ...]] = ("symbolic", "natural")

@@ -30,9 +30,10 @@ def first_number(prediction: str, answer: str) -> float:
 
 
 def last_integer(prediction: str, answer: str) -> float:
-    """1 when the last word is the answer's whole number (InfiniteBench's Code.Run)."""
+    """1 when the last word is a whole number and the answer's (InfiniteBench's Code.Run)."""
     words = re.sub(r"[\n.`'\":]", " ", prediction).split()
-    return float(bool(words) and words[-1] == answer.strip())
+    whole = bool(words) and re.fullmatch(r"[+-]?\d+", words[-1]) is not None
+    return float(whole and int(words[-1]) == int(answer))
 
 
 def short_answer(prediction: str, answer: str) -> float:
