@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -54,15 +55,21 @@ def heat(found: Any) -> dict[str, Any]:
     """Quartiles of the values by layer and head, and how much of what is kept is a window or sinks."""
     layers, heads = found.values.shape[:2]
     decays = found.value.startswith("half-life")
-    size = (5 * max(2.1, min(0.42 * heads, 4.0)) + 1.6, max(2.6, min(0.34 * layers, 6.0)) + 0.9)
+    size = (5 * max(2.1, min(0.42 * heads, 4.0)) + 2.4, max(2.6, min(0.34 * layers, 6.0)) + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, 5)
     quartiles = np.quantile(found.values, (0.25, 0.5, 0.75), axis=-1)
     norm = LogNorm(max(1e-3, quartiles.min()), max(2e-3, quartiles.max())) if decays else None
+    figure.get_layout_engine().set(wspace=0.04)
     for ax, values, name in zip(axes[:3], quartiles, ("quarter", "median", "three quarters"), strict=True):
         drawn = ax.imshow(values, norm=norm, cmap="viridis", aspect="auto")
         _cells(ax, values, name, lambda x: f"{x:.2g}" if x < 1000 else f"{x:.0e}".replace("e+0", "e"))
-    figure.colorbar(drawn, ax=list(axes[:3]), fraction=0.03).set_label(found.value, fontsize=10)
+    bar = figure.colorbar(drawn, ax=list(axes[:3]), fraction=0.03)
+    bar.set_label(found.value, fontsize=10)
+    if decays:  # labels at 1, 2 and 5 of every power of ten, in digits
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
     kept = found.kept.sum(-1)
     parts = (found.kept[..., found.newest()].sum(-1) / kept, found.kept[..., :4].mean(-1))
     for ax, values, name in zip(axes[3:], parts, ("newest 10%", "first 4 kept"), strict=True):

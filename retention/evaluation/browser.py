@@ -18,6 +18,8 @@ LONGEST = 1200
 """Text tokens up to which a context is shown whole."""
 EDGE, AROUND = 150, 60
 """Tokens shown of a longer one: at either end, and around evidence."""
+SAID = 1500
+"""Characters shown of an answer: of a long one its beginning and end."""
 LEVELS = 4
 VEIL = (48, 52, 60)
 
@@ -66,8 +68,16 @@ def _answers(rows: Sequence[Row], budget: str) -> list[Row]:
         if row["budget"]["requested"] == budget or row["policy"] == "full":
             name = "full cache" if row["policy"] == "full" else shown(row["policy"])
             line = lines.setdefault((row["policy"], row["scope"]), {"policy": name, "cells": {}})
-            line["cells"].setdefault(row["turn"], {"said": row["prediction"], "score": row["score"]})
+            score = row["score"] if row.get("scored", True) else None
+            line["cells"].setdefault(row["turn"], {"said": shortened(row["prediction"]), "score": score})
     return list(lines.values())
+
+
+def shortened(text: str) -> str:
+    """A text of which a page shows all, or the ends of a long one and how much lies between."""
+    if len(text) <= SAID:
+        return text
+    return f"{text[: SAID // 2]} [... {len(text) - SAID} characters not shown ...] {text[-SAID // 2 :]}"
 
 
 def _kept(context: Shown, looks: Sequence[Look], number: int, budget: str) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """What may be said of a table: paired comparisons with the full cache and the best baseline, Holm's over all of them."""
 
+import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -11,22 +12,25 @@ from numpy.typing import NDArray
 
 from retention.evaluation.config import QUOTA, base_name
 from retention.evaluation.equality import FLOOR, plain, shown
-from retention.evaluation.statistics import holm, paired_difference, paired_p_value
+from retention.evaluation.statistics import gap_to_best, holm
 from retention.policies import POLICIES
 from retention.policies.collect import Foresight
 
 Row = dict[str, Any]
 ALPHA = 0.05
 BETTER, WORSE, OPEN = "better", "worse", "no difference shown"
+FLIPS, FLIPS_EACH = 20_000, 100
+"""Sign flips of a test at least, and for every comparison of the table: the smallest p outlives Holm's factor."""
 RULES = (
     "Better and worse are said only where the paired 95% interval (bootstrap over contexts and training seeds) excludes "
     "0 and the p-value of a paired sign-flip test, adjusted by Holm's step-down over all comparisons below, is under 0.05.",
-    "The best baseline is the policy without gates that has the highest mean accuracy on these very answers. Choosing it "
-    "so flatters it: a policy that is better beats it all the same, while a baseline that is worse than it may be as good.",
-    "Nothing is called better where random+protect, or the gates' shares with another score (quota+X), lies inside the "
-    "interval of its accuracy. What is worse is always said.",
+    "The baselines are all policies without gates, but for random+protect and what is told the answers; every policy is held "
+    "against the best of the others, chosen on these very answers. Interval and p account for the choice: better than the "
+    "best is better than each of them, and worse is tested against all of them at once.",
+    "Nothing is called better where random+protect was not run, or where it, or the gates' shares with another score "
+    "(quota+X), lies inside or above the interval of its accuracy. What is worse is always said.",
 )
-"""How the verdicts of this file come about, in sentences for a reader."""
+"""How the verdicts of this file come about."""
 
 
 @dataclass
@@ -43,42 +47,64 @@ class Cell:
         """Whether trained gates take part."""
         return any(seed is not None for seed, _, _ in self.scores)
 
-    def mean(self) -> float:
-        """Accuracy, contexts weighing alike."""
+    def mean(self, contexts: Container[Hashable]) -> float:
+        """Accuracy on those of the contexts that were answered, each weighing alike; NaN where none was."""
         by_context: dict[Hashable, list[float]] = defaultdict(list)
         for (_, context, _), score in self.scores.items():
-            by_context[context].append(score)
-        return float(np.mean([np.mean(scores) for scores in by_context.values()]))
+            if context in contexts:
+                by_context[context].append(score)
+        return float(np.mean([np.mean(scores) for scores in by_context.values()])) if by_context else np.nan
 
 
 def is_baseline(policy: str) -> bool:
-    """Whether a policy can be the best baseline: a heuristic that reads neither answers nor evidence."""
+    """Whether a policy is one of the baselines: a heuristic without gates that reads neither answers nor evidence."""
     kind = POLICIES.get(base_name(plain(policy)))
     if kind is None or plain(policy) in ("full", FLOOR):
         return False
-    return not kind.needs_evidence and not isinstance(kind().second_pass(), Foresight)
+    made = kind()
+    return not (made.needs_gates or made.needs_evidence or isinstance(made.second_pass(), Foresight))
 
 
 def compare_all(rows: Iterable[Row], summary: Sequence[Row]) -> list[Row]:
-    """Every setting of a summary against the full cache and against the best baseline of its task, protocol and budget.
+    """Every setting of a summary against the full cache and the best baseline of its task, protocol and budget.
 
     One row per comparison: difference with its interval, p, Holm's p over all rows, and the verdict.
     """
     cells, found = _cells(rows), []
     intervals = {(*_key(row), row["policy"], row["scope"]): row for row in summary}
     whole = {key[:2]: own["full"] for key, own in cells.items() if "full" in own}
+    flips = max(FLIPS, FLIPS_EACH * 2 * sum(map(len, cells.values())))
     for key, own in cells.items():
         below = [cell for cell in own.values() if cell.policy != "full"]
-        best = max((c for c in below if not c.learned and is_baseline(c.policy)), key=Cell.mean, default=None)
+        baselines = [cell for cell in below if not cell.learned and is_baseline(cell.policy)]
         for cell in below:
             row = intervals[*key, cell.policy, cell.scope]
-            for against, other in (("full", whole.get(key[:2])), ("best baseline", best)):
-                gap = None if other in (None, cell) else _compared(cell, other)
+            full = [whole[key[:2]]] if key[:2] in whole else []
+            for against, others in (("full", full), ("best baseline", [x for x in baselines if x is not cell])):
+                gap = _compared(cell, others, flips)
                 if gap is not None:
                     told = dict(zip(("task", "protocol", "budget"), key, strict=True))
                     found.append(told | gap | {"against": against, "withheld": _withheld(row, below, cell)})
     adjusted = holm([row["p"] for row in found]) if found else []
     return [row | {"p_holm": p, "verdict": _verdict(row, p)} for row, p in zip(found, adjusted, strict=True)]
+
+
+def rules(claims: Sequence[Row]) -> list[str]:
+    """How the verdicts of a table come about and what it is too small for, in sentences for a reader."""
+    weak = weakness(claims)
+    return [*RULES, f"{len(claims)} comparisons, differences in points of accuracy.", *([weak] if weak else [])]
+
+
+def weakness(claims: Sequence[Row]) -> str | None:
+    """One sentence where comparisons rest on too few contexts to come out as better or worse; None where none does."""
+    weak = [claim for claim in claims if 2.0 ** (1 - claim["n_clusters"]) * len(claims) >= ALPHA]
+    if not weak:
+        return None
+    needed = math.floor(math.log2(len(claims) / ALPHA)) + 2
+    return (
+        f"{len(weak)} of {len(claims)} comparisons rest on so few contexts that no difference, however steady, stands out "
+        f"among so many comparisons by itself: that takes {needed} contexts (or clusters of them)."
+    )
 
 
 def _key(row: Row) -> tuple[str, str, str]:
@@ -99,8 +125,8 @@ def _cells(rows: Iterable[Row]) -> dict[tuple, dict[str, Cell]]:
     return found
 
 
-def gaps(one: Cell, other: Cell) -> tuple[NDArray[np.float64], list[Hashable]]:
-    """Differences in score on the turns both answered, [seeds, contexts], and the contexts' clusters.
+def gaps(one: Cell, other: Cell) -> tuple[NDArray[np.float64], int]:
+    """Differences in score on the turns both answered, [seeds, contexts of the one], and how many turns that are.
 
     The same training seed is paired with itself; what has no seed goes with every seed of the other.
     """
@@ -115,38 +141,46 @@ def gaps(one: Cell, other: Cell) -> tuple[NDArray[np.float64], list[Hashable]]:
             if reference is not None:
                 total[i, contexts[context]] += score - reference
                 count[i, contexts[context]] += 1
-    matrix = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-    return matrix, [one.clusters[context] for context in contexts]
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0), int(count.sum())
 
 
-def _compared(one: Cell, other: Cell) -> Row | None:
-    """One comparison; None where the two share no answer."""
-    matrix, clusters = gaps(one, other)
-    known = np.isfinite(matrix).any(axis=0)
-    if not known.any():
+def _compared(one: Cell, others: Sequence[Cell], flips: int) -> Row | None:
+    """One against the best of the others; None where it shares no answer with any."""
+    found = [(other, *gaps(one, other)) for other in others]
+    found = [(other, matrix, n) for other, matrix, n in found if n]
+    if not found:
         return None
-    gap, low, high = paired_difference(matrix, np.zeros_like(matrix), clusters=clusters)
+    clusters = list(one.clusters.values())
+    gap = gap_to_best([matrix for _, matrix, _ in found], clusters=clusters, flips=flips)
+    other, matrix, n = found[gap.other]
+    known = (np.isfinite(matrix).sum(axis=0) > 0).tolist()
     return {
         **{"policy": one.policy, "scope": one.scope, "learned": one.learned, "reference": other.policy},
-        **{"difference": gap, "low": low, "high": high},
-        "p": paired_p_value(matrix, np.zeros_like(matrix), clusters=clusters),
-        **{"n": len(one.scores), "n_contexts": int(known.sum())},
+        **{"n_references": len(found), "difference": gap.difference},
+        **{name: None if np.isnan(end) else end for name, end in (("low", gap.low), ("high", gap.high))},
+        **{"p": gap.p, "n": n, "n_contexts": sum(known)},
+        "n_clusters": len({label for label, has in zip(clusters, known, strict=True) if has}),
         "n_seeds": len({seed for seed, _, _ in one.scores} - {None}),
     }
 
 
 def _withheld(row: Row, below: list[Cell], cell: Cell) -> str | None:
-    """The floor that lies inside the interval of a policy's accuracy; None where none does."""
+    """Why nothing good may be said of a policy: the floor that its accuracy's interval does not lie above; None where it does."""
+    if not any(plain(other.policy) == FLOOR for other in below):
+        return f"{shown(FLOOR)} was not run"
     for other in below:
         shares = other.policy.startswith(QUOTA) and cell.learned and not cell.policy.startswith(QUOTA)
-        if other is not cell and (other.policy == FLOOR or shares) and row["ci_low"] <= other.mean() <= row["ci_high"]:
-            return shown(other.policy)
+        if other is not cell and (plain(other.policy) == FLOOR or shares):
+            floor = other.mean(cell.clusters)
+            if row["ci_low"] is None or not floor < row["ci_low"]:
+                above = row["ci_high"] is not None and floor > row["ci_high"]
+                return f"{shown(other.policy)} is {'above' if above else 'inside'} the interval"
     return None
 
 
 def _verdict(row: Row, p: float) -> str:
-    if p >= ALPHA or row["low"] <= 0 <= row["high"]:
+    if p >= ALPHA or row["low"] is None or row["low"] <= 0 <= row["high"]:
         return OPEN
     if row["high"] < 0:
         return WORSE
-    return BETTER if row["withheld"] is None else f"no claim: {row['withheld']} is inside the interval"
+    return BETTER if row["withheld"] is None else f"no claim: {row['withheld']}"

@@ -15,6 +15,8 @@ from retention.policies import POLICIES
 Row = dict[str, Any]
 _ALIKE = ("split", "cache")
 """Settings that runs have to share to stand in one table; tasks have to where both have them."""
+_MODEL = ("dtype", "quantization", "adapter", "adapter_mode", "prompt_style")
+"""Settings of the model that change its answers."""
 _OWN = ("seed", "validation", "chosen_step")
 """What trainings of the same settings differ in."""
 
@@ -37,7 +39,8 @@ def rebuild(folders: Sequence[Path], out: Path) -> Result:
     names = _names(folders)
     for folder in folders[1:]:
         _check(manifests[folders[0]], manifests[folder], (names[folders[0]], names[folder]))
-    renamed = {folder: _renamed(folder, manifests, names) for folder in folders}
+    held = {folder: list(dict.fromkeys(row["policy"] for row in rows[folder])) for folder in folders}
+    renamed = {folder: _renamed(folder, manifests, held, names) for folder in folders}
     pooled: dict[tuple, Row] = {}
     clashes = 0
     for folder in folders:
@@ -91,6 +94,8 @@ def _check(one: Row, other: Row, names: tuple[str, str]) -> None:
     hashes = one["base"].get("weight_hash"), other["base"].get("weight_hash")
     pairs += [("the base's weights", *hashes)] if None not in hashes else []
     pairs += [(f"{name}", one["config"].get(name), other["config"].get(name)) for name in _ALIKE]
+    models = [manifest["config"].get("model", {}) for manifest in (one, other)]
+    pairs += [(f"model.{name}", *(model.get(name) for model in models)) for name in _MODEL]
     for task in one["config"]["tasks"]:
         if task in other["config"]["tasks"]:
             settings = (manifest["config"]["task"].get(task) for manifest in (one, other))
@@ -109,11 +114,13 @@ def _first_difference(what: str, mine: Any, theirs: Any) -> str:
     return f"{what} is {mine!r} in one and {theirs!r} in the other"
 
 
-def _renamed(folder: Path, manifests: Mapping[Path, Row], names: Mapping[Path, str]) -> dict[str, str]:
-    """Policies that are not the same in all runs that have them, with the names of the runs that share this one's."""
+def _renamed(
+    folder: Path, manifests: Mapping[Path, Row], held: Mapping[Path, Sequence[str]], names: Mapping[Path, str]
+) -> dict[str, str]:
+    """Policies that are not the same in all runs that hold rows of them, with the names of the runs that share this one's."""
     found = {}
-    for policy in manifests[folder]["config"]["policies"]:
-        told = {run: _identity(m, policy) for run, m in manifests.items() if policy in m["config"]["policies"]}
+    for policy in held[folder]:
+        told = {run: _identity(manifest, policy) for run, manifest in manifests.items() if policy in held[run]}
         if len(set(told.values())) > 1:
             alike = [names[run] for run, identity in told.items() if identity == told[folder]]
             found[policy] = named_apart(policy, ", ".join(alike))

@@ -13,7 +13,8 @@ NAMED = {FLOOR: "random+protect"}
 
 def shown(policy: str) -> str:
     """A policy's name in tables: random keeps what every policy protects, and says so."""
-    return NAMED.get(policy, policy)
+    name = plain(policy)
+    return NAMED.get(name, name) + policy.removeprefix(name)
 
 
 def named_apart(policy: str, runs: str) -> str:
@@ -31,7 +32,7 @@ def with_equality(summary: Sequence[Row]) -> list[Row]:
 
     Bytes are physical, after the last eviction. A ratio is missing where there is nothing to divide by.
     """
-    bases = {_cell(row): row["kv_bytes_kept"] for row in summary if row["policy"] == FLOOR}
+    bases = {_cell(row): row["kv_bytes_kept"] for row in summary if plain(row["policy"]) == FLOOR}
     return [row | _measured(row, bases.get(_cell(row))) for row in summary]
 
 

@@ -1,9 +1,10 @@
 """Intervals over contexts, and the summary of answer rows into one row per setting."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,7 +35,8 @@ def _counts(rng: np.random.Generator, draws: int, units: int) -> Values:
 def _resampled(stack: Values, resamples: int, seed: int, member: Values | None = None) -> Values:
     """Means of stack [k, seeds, contexts] under the same draws of seeds, clusters: [k, draws].
 
-    `member` [contexts, clusters] is 1 where a context belongs to a cluster; without it each is one of its own.
+    `member` [contexts, clusters] is 1 where a context belongs to a cluster; without it each is one of its own. All draws
+    of what rests on a single cluster are alike and tell nothing: they are NaN.
     """
     k, seeds, contexts = stack.shape
     present = np.isfinite(stack)
@@ -47,7 +49,8 @@ def _resampled(stack: Values, resamples: int, seed: int, member: Values | None =
         sums = (_counts(rng, draws, clusters) @ flat.T).reshape(draws, 2 * k, seeds)
         parts.append((sums * by_seed).sum(axis=-1))
     total = np.concatenate(parts)
-    return _ratio(total[:, :k], total[:, k:]).T
+    alone = (flat[k * seeds :].reshape(k, seeds, clusters).sum(axis=1) > 0).sum(axis=1) < 2
+    return np.where(alone[:, None], np.nan, _ratio(total[:, :k], total[:, k:]).T)
 
 
 def _ratio(above: Values, below: Values) -> Values:
@@ -109,11 +112,76 @@ def paired_p_value(
     known, member = np.isfinite(gap).any(axis=0), _members(clusters or ())
     gap = np.nanmean(gap[:, known], axis=0)
     gap = gap if member is None else gap @ member[known]
-    rng, chunk, extreme = np.random.default_rng(seed), max(1, SIGNS_AT_ONCE // len(gap)), 0
-    for count in (min(chunk, flips - start) for start in range(0, flips, chunk)):
-        signs = rng.integers(2, size=(count, len(gap))) * 2.0 - 1.0
-        extreme += int((np.abs(signs @ gap) >= np.abs(gap.sum()) - 1e-9).sum())
+    extreme = sum(int((sums >= np.abs(gap.sum()) - 1e-9).sum()) for sums in _flipped(gap[None], flips, seed))
     return (1 + extreme) / (1 + flips)
+
+
+def _flipped(gap: Values, flips: int, seed: int) -> Iterator[Values]:
+    """Sizes of the sums over clusters of gap [k, clusters] under the same random signs, in chunks of [draws, k]."""
+    rng, chunk = np.random.default_rng(seed), max(1, SIGNS_AT_ONCE // gap.shape[1])
+    for count in (min(chunk, flips - start) for start in range(0, flips, chunk)):
+        yield np.abs((rng.integers(2, size=(count, gap.shape[1])) * 2.0 - 1.0) @ gap.T)
+
+
+class Gap(NamedTuple):
+    """A mean paired gap: to which of the others, its size, 95% interval (NaN on a single cluster) and two-sided p."""
+
+    other: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def gap_to_best(
+    gaps: ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 10_000,
+    flips: int = 20_000,
+    seed: int = 0,
+) -> Gap:
+    """The gap of one policy to the best of k others, from its gaps to each, [k, seeds, contexts]: the smallest of the means.
+
+    The best is chosen on these very answers, and interval and p account for that. Who is better than the best is better
+    than each: the lower bound is the lowest of the k, and of a gap above 0 p is the largest of the k. Worse than the best
+    is worse than any: the upper bound is of simultaneous percentile intervals (Mandel and Betensky 2008), and p is of the
+    largest studentised sum under common sign flips (Westfall and Young 1993). For k = 1 it is `paired_difference` with
+    `paired_p_value`.
+
+    Raises:
+        ValueError: for another that has no gap at all.
+    """
+    stack, member = np.asarray(gaps, dtype=np.float64), _members(clusters or ())
+    for each in stack:
+        _matrix(each)
+    means = np.nanmean(stack.reshape(len(stack), -1), axis=1)
+    other = int(means.argmin())
+    draws = _resampled(stack, resamples, seed, member)
+    low, high = _best_interval(draws)
+    present = np.isfinite(stack)
+    sums = _ratio(np.where(present, stack, 0.0).sum(axis=1), present.sum(axis=1, dtype=float))
+    sums = np.nan_to_num(sums) if member is None else np.nan_to_num(sums) @ member
+    scale = np.sqrt((sums**2).sum(axis=1, keepdims=True))
+    sums = np.divide(sums, scale, out=np.zeros_like(sums), where=scale > 0)
+    seen, each, largest = np.abs(sums.sum(axis=1)) - 1e-9, np.zeros(len(sums)), 0
+    for flipped in _flipped(sums, flips, seed):
+        each += (flipped >= seen).sum(axis=0)
+        largest += int((flipped.max(axis=1) >= seen[other]).sum())
+    extreme = each.max() if means[other] > 0 else largest
+    return Gap(other, float(means[other]), low, high, float((1 + extreme) / (1 + flips)))
+
+
+def _best_interval(draws: Values, level: float = 0.95) -> tuple[float, float]:
+    """The interval of the smallest of k means from their joint draws [k, draws]; lower ends one by one, upper ends jointly."""
+    joint = draws[:, np.isfinite(draws).all(axis=0)]
+    if joint.shape[1] < 2:
+        return np.nan, np.nan
+    ordered = np.sort(joint, axis=1)
+    ranks = [np.searchsorted(own, row) for own, row in zip(ordered, joint, strict=True)]
+    highest = np.quantile(np.max(ranks, axis=0), 0.5 + level / 2) / (joint.shape[1] - 1)
+    low = np.quantile(ordered, 0.5 - level / 2, axis=1).min()
+    return float(low), float(np.quantile(ordered, highest, axis=1).min())
 
 
 def retention_interval(
@@ -201,16 +269,23 @@ def _counted(answers: dict[tuple, Row]) -> Row:
     seeds = trained or sorted({row["seed_data"] for row in rows})
     budget = {k: _mean(row["budget"][k] for row in rows) for k in ("resolved", "fraction")}
     size = {k: _mean(row["bytes"].get(k) for row in rows) for k in ("full", "kept", "kept_logical", "peak")}
-    recall = {k: _mean(row["evidence_recall"][k] for row in rows) for k in ("any", "mean")}
+    recall = {k: _mean(row["evidence_recall"].get(k) for row in rows) for k in ("any", "mean", "weighted")}
+    mass = {k: _mean((row.get("missing_mass") or {}).get(k) for row in rows) for k in ("mean", "p90")}
+    ms = {k: _mean((row.get("ms") or {}).get(k) for row in rows) for k in ("prefill", "decode_per_token")}
     whole = {"budget_tokens": budget["resolved"]} | {f"kv_bytes_{k}": v for k, v in size.items()}
     return {
         **{name: rows[0][name] for name in SETTING},
         **{"budget": rows[0]["budget"]["requested"], "budget_fraction": budget["fraction"]},
         **{"n": len(rows), "n_contexts": len({key[1] for key in answers})},
+        "contexts": f"{crc32(repr(sorted({str(key[1]) for key in answers})).encode()):08x}",
         "n_clusters": len({row.get("cluster", key[1]) for key, row in answers.items()}),
         "comparable": all(row.get("comparable", True) for row in rows),
+        "judges": ", ".join(dict.fromkeys(row["judge"]["name"] for row in rows if row.get("judge"))),
         **{"seed": seeds, "n_seeds": len(seeds), "chance": _mean(r["chance"] for r in rows)},
         **{f"evidence_recall_{name}": value for name, value in recall.items()},
+        **{name: _mean(row.get(name) for row in rows) for name in ("kl_teacher", "top1_agree")},
+        **{f"missing_mass_{name}": value for name, value in mass.items()},
+        **{f"ms_{name}": value for name, value in ms.items()},
         **{name: None if value is None else round(value) for name, value in whole.items()},
         "kept_fraction": _mean(r["kept"] / r["entries_full"] for r in rows if r["entries_full"]),
     }
@@ -237,6 +312,9 @@ def _keyed(rows: Iterable[Row], allowed: int) -> Iterable[tuple[tuple, Row]]:
         got = f"expected at most {allowed} rows with an error, got {len(errors)}: {errors[0]}"
         raise ValueError(f"{got}; run them again or pass allow_errors={len(errors)}")
     for row in (row for row in rows if row["error"] is None and row.get("scored", True)):
+        if not np.isfinite(row["score"]):
+            where = f"{row['example_id']} under {row['policy']}"
+            raise ValueError(f"expected a finite score, got {row['score']} for {where}; mend the task's scorer")
         yield (row["seed_train"], (row["seed_data"], row["example_id"]), row["turn"]), row
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from retention.evaluation.equality import FLOOR, shown, unequal_note
+from retention.evaluation.equality import FLOOR, plain, shown, unequal_note
 
 Row = dict[str, Any]
 WITHOUT_FLOOR = "random+protect was not run here, so nothing in this table is held against chance eviction."
@@ -58,7 +58,8 @@ def _many(number: int, word: str) -> str:
 def _reference(rows: Sequence[Row]) -> str:
     """What the numbers of one task and protocol are to be held against."""
     full = next((row for row in rows if row["policy"] == "full"), None)
-    counted = f"{_many(max(row['n'] for row in rows), 'answer')} in {_many(rows[0]['n_contexts'], 'context')}"
+    answers = max(row["n"] // max(1, len(row["seed_accuracy"])) for row in rows)
+    counted = f"{_many(answers, 'answer')} in {_many(max(row['n_contexts'] for row in rows), 'context')}"
     parts = [f"chance {score_text(rows[0]['chance'])}", counted]
     if full is not None:
         size = f"{size_text(full['kv_bytes_full'])} (peak {size_text(full['kv_bytes_peak'])})"
@@ -69,8 +70,19 @@ def _reference(rows: Sequence[Row]) -> str:
         parts.append(_many(rows[0]["n_clusters"], "cluster"))
     if not rows[0].get("comparable", True):
         parts.append("scored without the authors' judge: not comparable with published numbers")
+    if rows[0].get("judges"):
+        parts.append(f"judged by {rows[0]['judges']}")
     seeds = max((len(row["seed_accuracy"]) for row in rows), default=0)
     return ", ".join(parts + ([_many(seeds, "training seed")] if seeds else []))
+
+
+def mixed_note(rows: Sequence[Row]) -> str | None:
+    """One sentence where rows of a table rest on different contexts; None where all rest on the same."""
+    if len({row["contexts"] for row in rows}) == 1:
+        return None
+    counts = [row["n_contexts"] for row in rows]
+    spread = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"different sets of {counts[0]}"
+    return f"Not all rows rest on the same contexts ({spread}): hold them side by side by the paired comparisons alone."
 
 
 def sections(summary: Sequence[Row]) -> Iterator[Row]:
@@ -85,11 +97,13 @@ def sections(summary: Sequence[Row]) -> Iterator[Row]:
             line = lines.setdefault((row["policy"], row["scope"]), name)
             line["learned"] = bool(row["seed_accuracy"])
             line["cells"][row["budget"]] = row
-        floored = not below or any(row["policy"] == FLOOR for row in below)
+        floored = not below or any(plain(row["policy"]) == FLOOR for row in below)
         yield {
             **{"task": task, "protocol": protocol, "reference": _reference(rows), "budgets": budgets},
             **{"lines": list(lines.values()), "rows": rows},
-            "notes": [note for note in (None if floored else WITHOUT_FLOOR, unequal_note(rows)) if note],
+            "notes": [
+                note for note in (None if floored else WITHOUT_FLOOR, mixed_note(rows), unequal_note(rows)) if note
+            ],
         }
 
 
@@ -101,12 +115,19 @@ def table_markdown(summary: Sequence[Row]) -> str:
         lines = [head, ["---"] * 2 + ["---:"] * len(section["budgets"])]
         for line in section["lines"]:
             cells = [_markdown_cell(line["cells"].get(budget)) for budget in section["budgets"]]
-            lines.append([line["policy"].replace("|", "\\|"), line["scope"], *cells])
+            lines.append([markdown(line["policy"]), line["scope"], *cells])
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        title = f"**{section['task']}**, `{section['protocol']}`: {section['reference']}."
-        title = " ".join([title, *section["notes"]])
+        title = f"**{markdown(section['task'])}**, `{section['protocol']}`: {section['reference']}."
+        title = " ".join([title, *map(markdown, section["notes"])])
         blocks.append(f"{title}\n\n{table}\n" if section["lines"] else f"{title}\n")
     return "\n".join(blocks)
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, also in a table: no tags, no cells, no lines of its own."""
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
+        text = text.replace(mark, safe)
+    return " ".join(text.split())
 
 
 def _markdown_cell(row: Row | None) -> str:
@@ -151,5 +172,13 @@ def claims_text(claims: Sequence[Row]) -> str:
 
 
 def difference_text(claim: Row) -> str:
-    """A paired difference in points with its interval."""
-    return f"{100 * claim['difference']:+.1f} [{100 * claim['low']:+.1f}, {100 * claim['high']:+.1f}]"
+    """A paired difference in points with its interval, where there is one."""
+    spread = "" if claim["low"] is None else f" [{100 * claim['low']:+.1f}, {100 * claim['high']:+.1f}]"
+    return f"{100 * claim['difference']:+.1f}{spread}"
+
+
+def against_text(claim: Row) -> str:
+    """What a policy was compared with."""
+    if claim["against"] == "full":
+        return "full cache"
+    return f"best of {_many(claim['n_references'], 'baseline')}: {shown(claim['reference'])}"

@@ -56,9 +56,14 @@ def test_runs_of_the_same_settings_are_pooled(one, two, tmp_path):
 
 
 def test_policies_of_other_settings_keep_their_runs_names(two, tmp_path):
-    other = evaluated(tmp_path / "three", "policies=[keydiff,snapkv]", "policy.snapkv.window_size=2", "examples=3")
+    changed = ("policy.snapkv.window_size=2", "policy.random.seed=5")
+    other = evaluated(tmp_path / "three", "policies=[keydiff,snapkv]", *changed, "examples=3")
     result = rebuild([two, other], tmp_path / "both")
-    assert [row["policy"] for row in result.summary] == ["full", "keydiff", "random", "snapkv (three)", "snapkv (two)"]
+    assert [row["policy"] for row in result.summary] == [
+        *("full", "keydiff", "random (three)", "random (two)", "snapkv (three)", "snapkv (two)")
+    ]
+    assert "random+protect was not run" not in result.table
+    assert all(row["bytes_ratio"] for row in result.summary if row["policy"] != "full")
     baselines = {claim["reference"] for claim in json.loads((tmp_path / "both" / "summary.json").read_text())["claims"]}
     assert baselines <= {"full", "keydiff", "snapkv (three)", "snapkv (two)"}
 
@@ -69,6 +74,7 @@ def test_what_cannot_stand_in_one_table_is_refused_in_a_sentence(one, tmp_path):
         (("config", "task", "ask_subset", "n_images"), 5, r"task.ask_subset.n_images is 2 in one and 5"),
         (("config", "cache", "sink_size"), 4, r"cache.sink_size is 0 in one and 4"),
         (("config", "split"), "val", r"split is 'test' in one and 'val'"),
+        (("config", "model", "dtype"), "bfloat16", r"model.dtype is 'float32' in one and 'bfloat16'"),
         (("base", "name"), "larger", r"the base model is 'embedded' in one and 'larger'"),
     ):
         changed = json.loads(json.dumps(manifest))

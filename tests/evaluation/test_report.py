@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from retention.evaluation.browser import browse
 from retention.evaluation.claims import compare_all
 from retention.evaluation.depth import by_depth
+from retention.evaluation.groups import by_group
+from retention.evaluation.looks import Shown
 from retention.evaluation.maps import survival_heatmap
 from retention.evaluation.pareto import pareto_curves, pareto_front
 from retention.evaluation.plots import accuracy_curves, deferred_curve, depth_curve
@@ -246,7 +249,7 @@ def test_text_fits_a_terminal(summary: list) -> None:
 
 def test_markdown_report_has_tables_claims_and_caveats(rows: list, summary: list) -> None:
     text = report_markdown(summary, compare_all(rows, summary), {"one": MANIFEST}, "Title")
-    assert text.startswith("# Title\n\n- One <small> model.\n")
+    assert text.startswith("# Title\n\n- One &lt;small&gt; model.\n")
     assert table_markdown(summary) in text
     assert "| p (Holm) | verdict | n | seeds |" in text
 
@@ -264,3 +267,56 @@ def test_unequal_entries_are_marked(rows: list) -> None:
     text = table_markdown(summarise(over, resamples=50))
     assert text.count("**entries x1.050**") == 2
     assert "2 rows keep over 1% more or fewer entries than asked for" in text
+
+
+NASTY = "</td><script>alert(1)</script>\x22'>|`{{ 7 * 7 }}\n\ud800"
+
+
+def test_nothing_that_a_model_or_a_folder_is_called_becomes_markup(rows: list, tmp_path: Path) -> None:
+    named = [row | {"task": f"needle {NASTY[:-1]}", "policy": f"{row['policy']} ({NASTY[:-1]})"} for row in rows]
+    named += [row | {"task": f"needle {NASTY[:-1]}"} for row in rows if row["policy"] == "full"]
+    summary = summarise(named, resamples=20)
+    said = [row | {"prediction": NASTY, "question": NASTY} for row in named]
+    turns = [{"question": NASTY, "answer": NASTY, "evidence": None}] * 3
+    shown = [Shown("c0", [NASTY], np.zeros(1, bool), None, [], turns)]
+    told = {"claims": compare_all(named, summary), "contexts": browse(named[0]["task"], shown, said, [], AGNOSTIC)}
+    groups = by_group([row | {"groups": {NASTY: NASTY}} for row in said])
+    text = page(
+        tmp_path, summary, title=NASTY, manifests={NASTY: {"caveats": [NASTY], NASTY: NASTY}}, groups=groups, **told
+    )
+    assert "<script>alert" not in text
+    assert checked(text).headings[0].startswith("</td>")
+    assert text.count("<script>") == 1
+    markdown = report_markdown(summary, told["claims"], {"one": {"caveats": [NASTY]}}, NASTY)
+    assert "<script>" not in markdown
+    tables = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert {line.replace("\\|", "").count("|") for line in tables} == {4, 6, 11}
+
+
+def test_long_answers_are_shortened_and_unscored_ones_neither_right_nor_wrong(rows: list, tmp_path: Path) -> None:
+    own = [row | {"prediction": "x" * 9000, "scored": row["turn"] == 0, "score": 0.0} for row in rows]
+    turns = [{"question": "q", "answer": "a", "evidence": None}] * 3
+    contexts = browse("needle", [Shown("c0", ["t"], np.zeros(1, bool), None, [], turns)], own, [], AGNOSTIC)
+    text = page(tmp_path, summarise(rows, resamples=20), contexts=contexts)
+    assert len(text) < 200_000
+    assert "[... 7500 characters not shown ...]" in text
+    assert text.count('class="unscored"') == 2 * text.count('class="wrong"') > 0
+
+
+def test_rows_of_other_contexts_are_pointed_out(rows: list) -> None:
+    assert "Not all rows rest" not in table_markdown(summarise(rows, resamples=20))
+    fewer = [row for row in rows if row["policy"] != "gates" or row["example_id"] != "c5"]
+    assert "Not all rows rest on the same contexts (5 to 6)" in table_markdown(summarise(fewer, resamples=20))
+    others = [row | {"seed_data": int(row["policy"] == "gates")} for row in rows]
+    assert "(different sets of 6)" in table_markdown(summarise(others, resamples=20))
+
+
+def test_answers_are_counted_once_however_many_trainings_gave_them(rows: list) -> None:
+    again = [row | {"seed_train": 1} for row in rows if row["policy"] == "gates"]
+    assert "18 answers in 6 contexts, 2 training seeds" in table_markdown(summarise([*rows, *again], resamples=20))
+
+
+def test_groups_of_two_protocols_are_told_apart(rows: list, summary: list, tmp_path: Path) -> None:
+    text = page(tmp_path, summary, groups=by_group([row | {"groups": {"kind": "plain"}} for row in rows]))
+    found = re.findall(r"aria-label=.groups of needle, ([^\"]+)", text)
+    assert found == [AGNOSTIC, AWARE]
