@@ -1,6 +1,7 @@
 """Shared fixtures. Nothing here imports `retention` at module level: the type checker must be installed first."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ def pytest_collection_finish():
 
 def pytest_sessionfinish():
     gc.unfreeze()  # nanobind would report what is never collected as leaks
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are built and their numbers written, but nothing is painted: for tests that look at no picture."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b""))
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,9 @@ class EvalConfig:
     """Contexts per task."""
     batch_size: int = 32
     """Contexts evaluated together."""
+    teacher: bool = False
+    """Hold every answer against the full cache on the reference answer (KL, top-1 agreement, missing mass): a forward per
+    turn more for every arm, and the full cache's attention rows and logits in memory."""
     quota_examples: int = 32
     """Validation contexts that the quotas are measured on."""
     seed: int = 0

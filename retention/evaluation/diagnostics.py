@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from retention.attach.hard import evicting
+from retention.attach.stretch import stretched
 from retention.cache.evicting import EvictingCache
 from retention.data.evidence import token_grids
 from retention.data.example import Example
 from retention.data.render import Rendered, Renderer
 from retention.evaluation.arms import Arm
+from retention.evaluation.fidelity import Missing
 from retention.evaluation.looks import BINS, FOLDER, Lives, Look, Shown, save_shown, slug
 from retention.gates import RetentionGates
 from retention.models import family_of
@@ -55,13 +57,21 @@ class Diagnostics:
         kept, seen, held = survival(cache, batch)
         Look(task, arm.name, arm.scope, str(arm.protocol), arm.budget, kept, seen, held).save(self.folder)
 
+    def note_missing(self, task: str, arm: Arm, missing: Missing | None) -> None:
+        """The full attention on what an arm evicted, by layer, head and modality, where it was measured."""
+        if missing is not None:
+            told = (str(arm.protocol), arm.name, arm.scope, arm.budget)
+            arms = Look.file(self.folder, task, *told)
+            missing.save(arms.parent.with_name("missing_mass") / arms.name)
+
     def note_contexts(self, task: str, batch: Rendered, gates: RetentionGates | None) -> None:
         """The contexts themselves, and half-lives by the gates where they decay."""
         place = self.folder / FOLDER / slug(task)
         if not (place / "contexts.npz").exists():
             save_shown(self.folder, task, shown_contexts(self.model, self.renderer.tokenizer, batch))
         if gates is not None and gates.decays and not (place / "gates.npz").exists():
-            lives(task, self.model, batch, gates).save(self.folder)
+            with stretched(self.model, batch.examples[0].stretch):
+                lives(task, self.model, batch, gates).save(self.folder)
 
 
 def survival(

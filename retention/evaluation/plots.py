@@ -138,23 +138,42 @@ def deferred_curve(
 
 def depth_curve(depths: Sequence[Row], path: Path, task: str, *, budget: str, protocol: str) -> Path:
     """Accuracy by the place of the evidence in the context at one budget, from rows of `by_depth`."""
-    cell = ("task", "budget", "protocol")
-    rows = chosen((r for r in depths if tuple(r[k] for k in cell) == (task, budget, protocol)), f"depths of {task!r}")
-    whole = [r for r in depths if (r["task"], r["policy"], r["protocol"]) == (task, "full", protocol)]
+    return _by_place(depths, path, (task, budget, protocol), "depth")
+
+
+def distance_curve(distances: Sequence[Row], path: Path, task: str, *, budget: str, protocol: str) -> Path:
+    """Accuracy by how far the evidence lies from its question at one budget, from rows of `by_distance`."""
+    return _by_place(distances, path, (task, budget, protocol), "distance")
+
+
+def _by_place(found: Sequence[Row], path: Path, wanted: tuple[str, str, str], by: str) -> Path:
+    """A line per policy, and the full cache's; `by` names the column that runs along the axis."""
+    cell, (task, budget, protocol) = ("task", "budget", "protocol"), wanted
+    rows = chosen((r for r in found if tuple(r[k] for k in cell) == wanted), f"{by} of {task!r}")
+    whole = [r for r in found if (r["task"], r["policy"], r["protocol"]) == (task, "full", protocol)]
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         lines.setdefault((row["policy"], row["scope"]), []).append(row)
     lines = dict(sorted(lines.items(), key=lambda item: (not learned(item[1][0]), item[0])))
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
-    ax, ends = figure.subplots(), []
-    frame(ax, f"{task}, budget {budget}", "place of the evidence in the context (%)", "accuracy")
+    ax, ends, factor = figure.subplots(), [], 100 if by == "depth" else 1
+    named = {
+        "depth": "place of the evidence in the context (%)",
+        "distance": "positions from the evidence to its question",
+    }
+    frame(ax, f"{task}, budget {budget}", named[by], "accuracy")
     plain = {"color": "#333333", "linestyle": "--", "linewidth": 1.4, "marker": ".", "zorder": 2}
     for key, line in [*lines.items(), *([(("full", ""), whole)] if whole else [])]:
         style, name = (plain, "full cache") if key[0] == "full" else (style_of(lines, key), name_of(lines, key))
-        draw(ax, [100 * r["depth"] for r in line], [(r["accuracy"], r["low"], r["high"]) for r in line], style)
-        ends.append((100 * line[-1]["depth"], line[-1]["accuracy"], name, style["color"]))
-    ax.set_xlim(0, 160)
-    ax.set_xticks(range(0, 101, 20))
-    label(ax, ends, 105, "left")
-    keys = ("policy", "scope", "depth", "accuracy", "low", "high", "n", "n_contexts")
+        draw(ax, [factor * r[by] for r in line], [(r["accuracy"], r["low"], r["high"]) for r in line], style)
+        ends.append((factor * line[-1][by], line[-1]["accuracy"], name, style["color"]))
+    if by == "depth":
+        ax.set_xlim(0, 160)
+        ax.set_xticks(range(0, 101, 20))
+        label(ax, ends, 105, "left")
+    else:
+        ticks = sorted({row[by] for row in [*rows, *whole]})
+        doubling_axis(ax, ticks, [str(tick) for tick in ticks], "left")
+        label(ax, ends, ticks[-1] * 1.25, "left")
+    keys = ("policy", "scope", by, "accuracy", "low", "high", "n", "n_contexts")
     return save(figure, path, keys, ([row[k] for k in keys] for row in [*rows, *whole]))

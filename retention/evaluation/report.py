@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retention.evaluation.claims import RULES
+from retention.evaluation.claims import rules
 from retention.evaluation.config import base_name
 from retention.evaluation.equality import shown
 from retention.evaluation.page import template
-from retention.evaluation.tables import difference_text, sections, table_markdown
+from retention.evaluation.tables import against_text, difference_text, markdown, sections, table_markdown
 from retention.files import write_text
 
 Row = dict[str, Any]
@@ -22,6 +22,12 @@ PICTURES = {
     "deferred": "Accuracy by turn at one budget. The cache is evicted once, before the later "
     "questions are known, so what they ask for must have been kept on its own merit.",
     "depth": "Accuracy by the place of the evidence in the context at one budget, from the first token to the last.",
+    "distance": "Accuracy by how many positions lie between the evidence and its question, at one budget.",
+    "bytes": "What the cache of a context takes at one budget, by item: bars after eviction, marks at the peak.",
+    "latency": "Time per token while answering over the length of the context, as measured in this run and in its batches: "
+    "medians and quartiles.",
+    "missing_mass": "Attention that the full cache gives to what a policy evicted, by layer, while reading the reference "
+    "answers.",
     "survival": "What is kept of each layer and head. A global budget may give one head much and another nothing.",
     "survival_kinds": "What is kept of each layer and head, text and images apart.",
     "places": "What is kept of each part of the context, over all layers and heads, text and images apart.",
@@ -111,15 +117,30 @@ def write_report(
         differing=differing(manifests) if len(manifests) > 1 else [],
         manifest=told(next(iter(manifests.values()))),
         pictures=list(_pictures(folder)),
-        claims=claims,
-        rules=RULES,
-        several=len({row["protocol"] for row in summary}) > 1,
-        groups=groups,
+        claims=list(_claim_tables(claims)),
+        rules=rules(claims),
+        groups=list(_grouped(groups)),
         contexts=contexts,
         budget=budget,
     )
-    write_text(folder / "report.html", text)
+    whole = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer is no text
+    write_text(folder / "report.html", whole)
     return folder / "report.html"
+
+
+def _claim_tables(claims: Sequence[Row]) -> Iterator[Row]:
+    """The comparisons of each task and protocol, of learned policies and of heuristics."""
+    for task, protocol, learned in dict.fromkeys((c["task"], c["protocol"], c["learned"]) for c in claims):
+        rows = [c for c in claims if (c["task"], c["protocol"], c["learned"]) == (task, protocol, learned)]
+        name = f"{task}, {'learned policies' if learned else 'heuristics'}"
+        yield {"name": name, "protocol": protocol, "learned": learned, "rows": rows}
+
+
+def _grouped(groups: Sequence[Row]) -> Iterator[Row]:
+    """The groups of each task and protocol."""
+    for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in groups):
+        rows = [row for row in groups if (row["task"], row["protocol"]) == (task, protocol)]
+        yield {"name": task, "protocol": protocol, "rows": rows}
 
 
 def caveats(manifests: Mapping[str, Row]) -> list[str]:
@@ -129,15 +150,15 @@ def caveats(manifests: Mapping[str, Row]) -> list[str]:
 
 def report_markdown(summary: Sequence[Row], claims: Sequence[Row], manifests: Mapping[str, Row], title: str) -> str:
     """Caveats, headline tables and comparisons as Markdown, for papers and pages."""
-    lines = [f"# {title}", "", *(f"- {line}" for line in caveats(manifests)), "", table_markdown(summary)]
+    told = [f"- {markdown(line)}" for line in caveats(manifests)]
+    lines = [f"# {markdown(title)}", "", *told, "", table_markdown(summary)]
     if claims:
         head = ("task", "protocol", "budget", "policy", "against", "points [95%]", "p (Holm)", "verdict", "n", "seeds")
-        lines += ["## What may be said", "", *(f"{rule}\n" for rule in RULES)]
+        lines += ["## What may be said", "", *(f"{rule}\n" for rule in rules(claims))]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for c in claims:
-            against = "full cache" if c["against"] == "full" else f"best baseline, {c['reference']}"
-            named = (c["task"], f"`{c['protocol']}`", c["budget"], f"{shown(c['policy'])}", against)
+            named = (c["task"], c["protocol"], c["budget"], shown(c["policy"]), against_text(c))
             counted = f"{c['n']} in {c['n_contexts']}"
             found = (difference_text(c), f"{c['p_holm']:.2g}", c["verdict"], counted, str(c["n_seeds"] or "-"))
-            lines.append("| " + " | ".join(text.replace("|", "\\|") for text in (*named, *found)) + " |")
+            lines.append("| " + " | ".join(map(markdown, (*named, *found))) + " |")
     return "\n".join(lines) + "\n"

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from retention.evaluation import plots, report
+from retention.evaluation import costs, plots, report
 from retention.evaluation.browser import browse
 from retention.evaluation.claims import compare_all
 from retention.evaluation.config import prefix_of
-from retention.evaluation.depth import by_depth
+from retention.evaluation.depth import by_depth, by_distance
 from retention.evaluation.equality import plain
 from retention.evaluation.exports import table_latex, write_csv
+from retention.evaluation.further import further_rows
 from retention.evaluation.groups import by_group
 from retention.evaluation.kept_images import drawable, kept_images
 from retention.evaluation.looks import Look, load_lives, load_looks, load_shown
@@ -56,6 +57,7 @@ class Source:
 def write_results(folder: Path, rows: Sequence[Row], manifests: Mapping[str, Row], sources: Sequence[Source]) -> Result:
     """Write all of it into the folder; tasks and protocols come in the order of the first manifest's config."""
     summary, depths, groups = summarise(rows), by_depth(rows), by_group(rows)
+    distances, further = by_distance(rows), further_rows(rows)
     claims, budget = compare_all(rows, summary), picture_budget(summary)
     tasks = list(dict.fromkeys([*_configured(manifests, "tasks"), *(row["task"] for row in rows)]))
     held = {row["task"] for row in rows}
@@ -66,6 +68,7 @@ def write_results(folder: Path, rows: Sequence[Row], manifests: Mapping[str, Row
     pictures = [plots.accuracy_curves(summary, folder / "curves.png", protocol=protocol)]
     pictures.append(pareto_curves(summary, folder / "pareto.png", protocol=protocol))
     pictures += _turns(summary, folder, tasks, budget)
+    pictures += _costs(rows, folder, tasks, protocol, budget)
     contexts: list[Row] = []
     for task in tasks[:PICTURED]:
         end = f"@{task}" if len(tasks) > 1 else ""
@@ -74,11 +77,16 @@ def write_results(folder: Path, rows: Sequence[Row], manifests: Mapping[str, Row
         if any((r["task"], r["budget"], r["protocol"]) == (task, budget, protocol) for r in depths):
             told = {"budget": budget, "protocol": protocol}
             pictures.append(plots.depth_curve(depths, folder / f"depth{end}.png", task, **told))
+        far = {r["part"] for r in distances if (r["task"], r["budget"], r["protocol"]) == (task, budget, protocol)}
+        if len(far) > 1:
+            told = {"budget": budget, "protocol": protocol}
+            pictures.append(plots.distance_curve(distances, folder / f"distance{end}.png", task, **told))
         shown = next((found for source in sources if (found := load_shown(source.folder, task))), [])
         contexts += browse(task, shown, rows, looks, protocol)
     title = f"retention: {', '.join(tasks)}"
     page: Row = {"summary": summary, "claims": claims, "manifests": manifests, "title": title}
-    write_json(folder / "summary.json", {"rows": summary, "groups": groups, "depths": depths, "claims": claims})
+    parts = {"groups": groups, "depths": depths, "distances": distances, "further": further, "claims": claims}
+    write_json(folder / "summary.json", {"rows": summary} | parts)
     write_text(folder / "table.md", table_markdown(summary))
     write_text(folder / "report.md", report.report_markdown(**page))
     write_text(folder / "table.tex", table_latex(summary))
@@ -125,6 +133,21 @@ def _pictures(
     if context is not None and drawable(context) and looks:
         first = [look for look in looks if (look.policy, look.scope) == (looks[0].policy, looks[0].scope)]
         drawn.append(kept_images(context, first, folder / f"patches{end}.png"))
+    return drawn
+
+
+def _costs(rows: Sequence[Row], folder: Path, tasks: Sequence[str], protocol: str, budget: str) -> list[Path]:
+    """Bytes and missing mass of the first task at one budget, and times of all tasks, as far as rows tell them."""
+    known = [r for r in rows if r["protocol"] == protocol and r["error"] is None]
+    known = [r for r in known if r["policy"] == "full" or r["budget"]["requested"] == budget]
+    own = [r for r in known if r["task"] == tasks[0]]
+    drawn: list[Path] = []
+    if any("items" in row["bytes"] for row in own):
+        drawn.append(costs.byte_bars(own, folder / "bytes.png"))
+    if len({row["seen"].bit_length() for row in known if row.get("ms")}) > 1:  # contexts of several octaves
+        drawn.append(costs.latency_curve(known, folder / "latency.png"))
+    if any(row.get("missing_mass") for row in own if row["policy"] != "full"):
+        drawn.append(costs.missing_boxes(own, folder / "missing_mass.png"))
     return drawn
 
 

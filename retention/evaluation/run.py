@@ -10,8 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retention.data.render import Renderer
 from retention.evaluation.arms import needs_gates
+from retention.evaluation.checks import over_budget, questions_hash
 from retention.evaluation.compare import rebuild
 from retention.evaluation.config import MEMORY, QUOTA, EvalConfig, base_name, prefix_of
 from retention.evaluation.diagnostics import Diagnostics
@@ -65,8 +68,8 @@ def run(config: EvalConfig) -> Result:
         if gate_set.gates is not None:
             gate_set.gates.to(decoder_device(model)).check(model)
     renderer = Renderer(processor, family_of(model).visual_ids(model.config))
-    runner, looks = Runner(model, renderer, config.model.prompt_style), Diagnostics(folder, model, renderer)
-    session = Session(config, runner, sets, RowStore(folder, rank()), looks)
+    runner = Runner(model, renderer, config.model.prompt_style, config.teacher)
+    session = Session(config, runner, sets, RowStore(folder, rank()), Diagnostics(folder, model, renderer))
     session.run()
     wait()
     if rank() != 0:
@@ -132,15 +135,22 @@ def _manifest(config: EvalConfig, session: Session, started: float) -> dict[str,
     """Everything a stranger needs to judge and repeat the run; no host, user or absolute path."""
     settings = asdict(config)
     settings["gates"] = None if config.gates is None else ",".join(os.path.relpath(g) for g in config.gates.split(","))
+    for told in settings["task"].values():
+        told.get("judge", {}).update(base_url=None)  # names a host
+    drawn = config.seed, config.split, config.examples
     settings["output_dir"] = os.path.relpath(config.output_dir)
     cards = [s.gates.card_config() | {"versions": None} for s in session.sets if s.gates is not None]
     return {
+        "run": Path(config.output_dir).name,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": settings,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - started, 1),
         "versions": package_versions(),
         "hardware": hardware(),
+        "dtype": str(session.runner.model.dtype).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "attention": "sdpa",
         "cache": "retention.EvictingCache",
         "base": {
@@ -148,6 +158,9 @@ def _manifest(config: EvalConfig, session: Session, started: float) -> dict[str,
             **{k: cards[0]["base"][k] for k in ("config_hash", "weight_hash") if cards},
         },
         "gates": cards,
+        "tasks": {name: config.task[name].provenance(*drawn) for name in config.tasks},
+        "questions_sha256": questions_hash(session.store.rows),
+        "over_budget": over_budget(session.store.rows),
         "rows": len(session.store.rows),
         "rows_reused": session.store.reused,
         "caveats": CAVEATS,

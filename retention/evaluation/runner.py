@@ -11,12 +11,15 @@ from torch import Tensor
 
 from retention.attach.forward import end_tokens
 from retention.attach.hard import evicting
+from retention.attach.stretch import stretched
+from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
 from retention.cache.inputs import Answers
 from retention.data.example import Example
 from retention.data.render import Rendered, Renderer
 from retention.evaluation.arms import Arm
 from retention.evaluation.batches import batches_of
+from retention.evaluation.fidelity import UNKNOWN, Missing, Teacher
 from retention.evaluation.protocol import Protocol
 from retention.gates import RetentionGates
 from retention.policies import POLICIES
@@ -46,6 +49,10 @@ class Runner:
     model: "PreTrainedModel"
     renderer: Renderer
     style: str
+    teacher: bool = False
+    """Whether rows are held against the full cache on the reference answers (`fidelity`)."""
+    missing: Missing | None = None
+    """Missing mass of the arm that was run last, where it was measured."""
 
     def batches(
         self, task: Task, split: str, seed: int, count: int, size: int, *, part: tuple[int, int] = (0, 1)
@@ -63,21 +70,45 @@ class Runner:
         """Each arm with its cache right after the eviction of the context, and its rows.
 
         The arms' protocols agree in their prefill. One-shot arms fork one; streaming arms prefill on their own,
-        evicting after every image.
+        evicting after every image. Positions are stretched as the contexts say.
         """
+        with stretched(self.model, batch.examples[0].stretch):
+            yield from self._arms(batch, arms, gates)
+
+    def _arms(
+        self, batch: Rendered, arms: list[Arm], gates: RetentionGates | None
+    ) -> Iterator[tuple[Arm, EvictingCache, list[Row]]]:
         protocol = arms[0].protocol
         if protocol.trigger != "after_prefill":
+            teacher = None
+            if self._taught(batch):
+                with evicting(self.model, POLICIES["full"](), tokenizer=self.renderer.tokenizer) as source:
+                    self._prefill(source, batch, protocol)
+                    teacher = self._teacher(source, batch)
             for arm in arms:
                 with self._open(arm, gates) as cache:
-                    yield arm, *self._answer(arm, cache, batch, prefilled=False)
+                    yield arm, *self._answer(arm, cache, batch, teacher, prefilled=False)
             return
         collectors = tuple({name for arm in arms for name in arm.policy.collectors})
         packed = any(arm.cache.positions == "packed" for arm in arms)
         shared = {"extra_collectors": collectors, "packed": packed, "tokenizer": self.renderer.tokenizer}
         with evicting(self.model, POLICIES["full"](), gates=gates, **shared) as source:
+            started = time.perf_counter()
             self._prefill(source, batch, protocol)
+            spent = time.perf_counter() - started
+            teacher = self._teacher(source, batch) if self._taught(batch) else None
             for arm in arms:
-                yield arm, *self._answer(arm, source.fork(arm.policy, arm.cache), batch, prefilled=True)
+                fork = source.fork(arm.policy, arm.cache)
+                yield arm, *self._answer(arm, fork, batch, teacher, prefilled=True, spent=spent)
+
+    def _taught(self, batch: Rendered) -> bool:
+        """Whether fidelity is measured; not where the budget holds while answers are written, which no reference has."""
+        return self.teacher and not batch.examples[0].evicts_answers
+
+    def _teacher(self, source: EvictingCache, batch: Rendered) -> Teacher:
+        full = source.fork(POLICIES["full"](), CacheConfig())
+        read_on(self.model, full, batch)
+        return Teacher.of(self.model, full, batch, self.renderer.pad)
 
     def _open(self, arm: Arm, gates: RetentionGates | None) -> Any:
         own, tokenizer = gates if arm.needs_gates else None, self.renderer.tokenizer
@@ -87,8 +118,16 @@ class Runner:
         prefill(self.model, cache, batch, pad=self.renderer.pad, first_question=protocol.question == "aware")
 
     def _answer(
-        self, arm: Arm, cache: EvictingCache, batch: Rendered, *, prefilled: bool
+        self,
+        arm: Arm,
+        cache: EvictingCache,
+        batch: Rendered,
+        teacher: Teacher | None,
+        *,
+        prefilled: bool,
+        spent: float = 0.0,
     ) -> tuple[EvictingCache, list[Row]]:
+        """`spent` are the seconds of a prefill that arms share."""
         started = time.perf_counter()
         _check_decoding(arm, batch.examples[0])
         if arm.policy.needs_evidence:
@@ -100,10 +139,18 @@ class Runner:
         else:
             self._prefill(cache, batch, arm.protocol)
         read_on(self.model, cache, batch)
-        after = cache.fork()
+        after, read = cache.fork(), time.perf_counter()
         tokens = answer_turns(self.model, cache, batch, pad=self.renderer.pad)
-        seconds = (time.perf_counter() - started) / len(batch.examples)
-        return after, self._rows(arm, after, batch, tokens, seconds)
+        ended, count = time.perf_counter(), len(batch.examples)
+        written = sum(max(map(len, turn)) for turn in zip(*tokens, strict=True))
+        ms = {"prefill": 1e3 * (spent + read - started) / count, "decode_per_token": 1e3 * (ended - read) / written}
+        rows = self._rows(arm, after, batch, tokens, (ended - started) / count)
+        told, self.missing = ([], None) if teacher is None else teacher.judge(after)
+        for row, found in zip(rows, [found for own in told for found in own] or [UNKNOWN] * len(rows), strict=True):
+            row["evidence_recall"]["weighted"] = found.get("weighted")
+            row |= {name: found[name] for name in UNKNOWN}
+            row["ms"] = {name: round(value, 3) for name, value in ms.items()}
+        return after, rows
 
     def _rows(
         self,
@@ -153,11 +200,13 @@ class Runner:
                         "entries_full": seen[i] * heads,
                         "evidence_recall": evidence_recall(table[:, i], batch.evidence[i][turn]),
                         "depth": depth(batch.evidence[i][turn], batch.lengths[i]),
+                        "distance": distance(batch.evidence[i][turn], seen[i], example.stretch),
                         "bytes": {
                             "full": full * seen[i],
                             "kept": ledger.total // count,
                             "kept_logical": ledger.logical_total // count,
                             "peak": ledger.peak // count,
+                            "items": {item: n // count for item, n in ledger.physical.items() if n},
                         },
                         "seconds_per_context": round(seconds, 5),
                         "error": None,
@@ -215,6 +264,11 @@ def dialogues(batch: Rendered) -> Answers:
 def depth(evidence: list[int] | None, length: int) -> float | None:
     """Where a turn's evidence lies on average, 0 at the context's first token and near 1 at its last."""
     return sum(evidence) / len(evidence) / length if evidence else None
+
+
+def distance(evidence: list[int] | None, seen: int, stretch: float) -> float | None:
+    """How many positions a turn's evidence lies before the end of what was read, on average, stretched as they are."""
+    return (seen - sum(evidence) / len(evidence)) * stretch if evidence else None
 
 
 def evidence_recall(

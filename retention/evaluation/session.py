@@ -94,10 +94,11 @@ class Session:
         for arm, cache, rows in self.runner.run(batch, missing, gate_set.gates):
             if look is not None and look.wants(task, arm):
                 look.note(task, arm, cache, batch)
+                look.note_missing(task, arm, self.runner.missing)
             if not stored(arm):
                 seed = gate_set.seed if arm.needs_gates else None
                 known = {"task": task, "split": self.config.split, "seed_data": self.config.seed, "seed_train": seed}
-                self.store.add([known | row for row in rows])
+                self.store.add(self.config.task[task].judged([known | row for row in rows]))
         if look is not None:
             look.note_contexts(task, batch, gate_set.gates)
 
