@@ -1,7 +1,11 @@
-"""The model card: metadata the hub reads, the accuracy curve, and no way out of its cells."""
+"""The model card: metadata the hub reads, the accuracy curve and its picture, and no way out of its cells."""
 
+import io
+
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from retention.gates import RetentionGates
 from retention.gates.trim import Trim
@@ -63,9 +67,37 @@ def test_the_curve_is_a_table_of_accuracy_by_budget_largest_first(tmp_path):
     assert found == {"all": ["0.945", "0.945"], "10%": ["0.840", "0.500"], "2.5%": ["0.750", "0.000"]}
 
 
-@pytest.mark.parametrize("validation", [None, {}, 3, {"global": "high", "words": 1.0, "global 5%": "0.5"}])
+STRANGE = {"global": "high", "words": 1.0, "global 5%": "0.5", "global 2%": 10**400, "global 1%": True}
+
+
+@pytest.mark.parametrize("validation", [None, {}, 3, STRANGE, {"global 5%": float("nan"), "per_head 5%": 1.5}])
 def test_without_a_measurement_the_card_says_so(tmp_path, validation):
     assert "Not measured." in card_of(tmp_path / "gates", validation=validation).text
+    assert not (tmp_path / "gates" / "accuracy.png").exists()
+
+
+def test_the_picture_shows_what_was_measured(tmp_path):
+    """Lines of the scopes and of the full cache, each in its colour, where their numbers are; the same bytes again."""
+    some = {"global full": 0.9, "global 10%": 0.8, "global 5%": 0.7, "per_head 10%": 0.4, "per_head 5%": 0.1}
+    card = card_of(tmp_path / "gates", validation=some)
+    assert "![Accuracy by budget](accuracy.png)" in card.text
+    content = (tmp_path / "gates" / "accuracy.png").read_bytes()
+    heights = {}
+    for name, colour in {"one pool": (213, 94, 0), "head by head": (0, 114, 178), "full": (51, 51, 51)}.items():
+        pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))[80:]  # below the legend
+        heights[name] = (pixels == colour).all(-1).nonzero()[0]
+        assert len(heights[name]), name
+    assert heights["full"].min() < heights["one pool"].min() < heights["head by head"].min()
+    again = RetentionGates.from_pretrained(tmp_path / "gates")
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "accuracy.png").read_bytes() == content
+
+
+def test_a_picture_of_other_gates_does_not_stay(tmp_path):
+    card_of(tmp_path / "gates", validation={"global 5%": 0.5})
+    assert (tmp_path / "gates" / "accuracy.png").exists()
+    assert "accuracy.png" not in card_of(tmp_path / "gates").text
+    assert not (tmp_path / "gates" / "accuracy.png").exists()
 
 
 def test_nothing_gets_out_of_its_cell(tmp_path):
@@ -74,3 +106,9 @@ def test_nothing_gets_out_of_its_cell(tmp_path):
     assert "\n## Free" not in card.text
     assert "<script" not in card.text
     assert list(table(card)) == ["x / ## Free / &lt;script>alert(1)&lt;/script>"]
+    assert "accuracy.png" not in card.text
+
+
+def test_a_stranger_s_name_becomes_no_link_and_no_picture(tmp_path):
+    card = card_of(tmp_path / "gates", BASE | {"name_or_path": "![x](https://elsewhere.example/seen.png)"})
+    assert "](" not in card.text

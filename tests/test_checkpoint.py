@@ -77,7 +77,8 @@ def test_round_trip_is_exact_to_the_bit(model, kind, tmp_path):
 
 def test_loading_from_a_relative_path_and_a_string_works(artefact, monkeypatch):
     monkeypatch.chdir(artefact.parent)
-    for name in ("gates", "./gates", str(artefact), artefact):
+    monkeypatch.setenv("HOME", str(artefact.parent))
+    for name in ("gates", "./gates", "~/gates", str(artefact), artefact):
         assert RetentionGates.from_pretrained(name).config == DBTrim()
 
 
@@ -287,6 +288,73 @@ def test_files_half_written_when_the_process_is_cut_off_never_appear_under_the_n
         make(model, seed=3).save_pretrained(artefact)
     assert contents(artefact) == before
     assert [path.name for path in artefact.parent.iterdir()] == ["gates"]
+
+
+@pytest.mark.parametrize("last", range(4))
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_swap_that_is_cut_off_puts_the_old_artefact_back(model, artefact, monkeypatch, last, error):
+    """After each of its renames; the new one has a picture, the old one has none."""
+    before, replace, renamed = contents(artefact), os.replace, []
+
+    def cut(source, target):
+        if len(renamed) == last:
+            monkeypatch.setattr("retention.checkpoint.writing.os.replace", replace)
+            raise error
+        renamed.append(target)
+        replace(source, target)
+
+    gates = make(model, seed=3)
+    gates.training_record = {"validation": {"global 5%": 0.5}}
+    monkeypatch.setattr("retention.checkpoint.writing.os.replace", cut)
+    with pytest.raises(error):
+        gates.save_pretrained(artefact)
+    assert contents(artefact) == before
+    assert [path.name for path in artefact.parent.iterdir()] == ["gates"]
+
+
+def test_files_that_replace_others_come_from_the_same_disk(model, artefact, tmp_path, monkeypatch):
+    """Through a link, as to a mounted folder: a rename works within one file system only."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "gates").symlink_to(artefact)
+    replace, sources = os.replace, []
+    monkeypatch.setattr("retention.checkpoint.writing.os.replace", lambda a, b: [sources.append(a), replace(a, b)])
+    make(model, seed=3).save_pretrained(tmp_path / "elsewhere" / "gates")
+    assert [source.name for source in sources] == ["gate_model.safetensors", "README.md", "gate_config.json"]
+    assert {source.parent.parent.resolve() for source in sources} == {artefact.resolve()}
+
+
+def test_what_cannot_be_replaced_leaves_the_artefact_as_it_was(model, artefact):
+    (artefact / "README.md").unlink()
+    (artefact / "README.md").mkdir()
+    tensors = (artefact / "gate_model.safetensors").read_bytes()
+    with pytest.raises(IsADirectoryError):
+        make(model, seed=3).save_pretrained(artefact)
+    assert (artefact / "gate_model.safetensors").read_bytes() == tensors
+    assert RetentionGates.from_pretrained(artefact).config == DBTrim()
+
+
+def test_a_file_where_the_folder_should_be_is_named(model, tmp_path):
+    (tmp_path / "gates").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected a folder for the gate artefact, got the file .*gates"):
+        make(model).save_pretrained(tmp_path / "gates")
+    assert (tmp_path / "gates").read_text() == "mine"
+
+
+UNREADABLE = {
+    "deep": ({"data": json.loads("[" * 40 + "]" * 40)}, "nested too deeply"),
+    "half a character": ({"task": "\ud800"}, "half of a character"),
+    "large": ({"task": "x" * 2**22}, "config of at most 4194304 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_record_that_could_not_be_read_again_is_not_written(model, artefact, case):
+    record, reason = UNREADABLE[case]
+    before, gates = contents(artefact), make(model, seed=3)
+    gates.training_record = record
+    with pytest.raises(ValueError, match=reason):
+        gates.save_pretrained(artefact)
+    assert contents(artefact) == before
 
 
 def test_files_of_two_writes_are_refused(model, artefact, tmp_path):

@@ -51,13 +51,16 @@ def evaluated(trained, tmp_path_factory):
         f"gates={trained}", "policies=[db_trim_kv,trim_kv,quota+keydiff,snapkv,random]", "budgets=[25%,10%]", "examples=4",
         "batch_size=2", "quota_examples=2", "protocols=[agnostic,aware,packed,streaming]", *small,
     ]  # fmt: skip
-    run(compose("eval", [*overrides, f"output_dir={folder}"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["/usr/bin/eval.py", *overrides, f"output_dir={folder}"])
+        run(compose("eval", sys.argv[1:]))
     return folder, overrides
 
 
 def test_training_leaves_an_artefact_a_log_and_a_checkpoint_without_backbone(trained):
     run = trained.parent
-    assert {f.name for f in trained.iterdir()} == {"gate_config.json", "gate_model.safetensors", "README.md"}
+    files = {"gate_config.json", "gate_model.safetensors", "README.md", "accuracy.png"}
+    assert {f.name for f in trained.iterdir()} == files
     rows = list(csv.DictReader((run / "csv" / "metrics.csv").read_text().splitlines()))
     assert any(row.get("loss/kl") for row in rows)
     checkpoint = torch.load(next((run / "checkpoints").glob("*.ckpt")), weights_only=True)  # noqa: TID251

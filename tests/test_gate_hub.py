@@ -1,5 +1,6 @@
 """Gates to and from the hub, without a network: only the calls that would leave the machine are replaced."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,9 +71,12 @@ def test_saving_can_push_under_the_folder_s_name_or_another(gates, hub, tmp_path
     assert files(tmp_path / "mine") == FILES
 
 
-def test_sets_are_pushed_as_a_folder_of_artefacts(gates, hub):
-    GateSets({"maths": gates, "chat": gates}).push_to_hub("me/sets", storage="float16")
-    assert files(hub.kept / "me/sets") == sorted(f"{name}/{file}" for name in ("maths", "chat") for file in FILES)
+def test_sets_are_pushed_as_a_folder_of_artefacts_with_their_pictures(gates, hub):
+    measured = copy.deepcopy(gates)
+    measured.training_record = {"validation": {"global 5%": 0.5}}
+    GateSets({"maths": gates, "chat": measured}).push_to_hub("me/sets", storage="float16")
+    held = [f"{name}/{file}" for name in ("maths", "chat") for file in FILES]
+    assert files(hub.kept / "me/sets") == sorted([*held, "chat/accuracy.png"])
     assert sorted(GateSets.from_pretrained(hub.kept / "me/sets")) == ["chat", "maths"]
 
 
@@ -89,7 +93,7 @@ def test_a_hub_id_is_read_from_a_snapshot_of_the_artefact_s_files(gates, monkeyp
     assert again.base == gates.base
     ((name, settings),) = asked
     assert name == "me/gates"
-    assert sorted(settings.pop("allow_patterns")) == FILES
+    assert sorted(settings.pop("allow_patterns")) == sorted([*FILES, "accuracy.png"])
     assert settings == {"revision": "v1", "token": "t", "local_files_only": True}
 
 

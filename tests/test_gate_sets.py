@@ -57,12 +57,23 @@ def test_names_that_are_no_folders_are_refused(model, name):
         GateSets({name: make(model)})
 
 
+def test_names_that_some_file_systems_take_for_one_are_refused(model):
+    with pytest.raises(ValueError, match="names differ in more than case, got chat, Chat"):
+        GateSets({"chat": make(model), "Chat": make(model)})
+
+
 def test_no_sets_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="at least one gate set"):
         GateSets({})
     make(model).save_pretrained(tmp_path / "gates")
     with pytest.raises(ValueError, match="got 0; one set alone is read by RetentionGates"):
         GateSets.from_pretrained(tmp_path / "gates")
+
+
+def test_what_a_save_left_that_was_cut_off_is_no_set(model, tmp_path):
+    GateSets({"a": make(model)}).save_pretrained(tmp_path)
+    make(model).save_pretrained(tmp_path / ".b.x1y2")
+    assert list(GateSets.from_pretrained(tmp_path)) == ["a"]
 
 
 def test_a_damaged_set_is_refused(model, tmp_path):

@@ -149,12 +149,53 @@ def test_weights_are_counted_without_loading_them():
             "whose state is not known here",
         ),
         ({"model_type": "gpt2"}, "expected one number num_key_value_heads"),
+        ({"model_type": ["llama"]}, "expected a model_type that transformers knows .* got \\['llama'\\]"),
+        ({"model_type": "llama", "hidden_size": "64"}, "transformers refuses the config in .*hidden_size"),
+        ({"model_type": "llama", "dtype": "many"}, "transformers refuses the config"),
+        ({"model_type": "llama", "dtype": 3}, "expected a dtype of torch in the config, got 3"),
+        ({"model_type": "llama", "num_key_value_heads": 0}, "num_key_value_heads above 0 in the config, got 0"),
+        ({"model_type": "llama", "head_dim": -4}, "expected head_dim above 0"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": -4},
+            "sliding_window .*above 0 .* got -4",
+        ),
+        ({"model_type": "gemma3n_text"}, "read the keys and values of other layers .num_kv_shared_layers"),
+        ({"model_type": "mllama"}, "layers that read another sequence"),
+        ({"model_type": "t5gemma"}, "expected a decoder alone"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_words(told, reason, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{reason}[^\n]*$"):
         retention.plan(tmp_path, 100, 1, 8)
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, '{"model_type": "llama", "model_type": "qwen3"}', "\ufeff{}"])
+def test_a_file_that_is_no_plain_json_is_refused(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^expected a config.json or its folder[^\n]*$"):
+        retention.plan(tmp_path, 100, 1, 8)
+
+
+def test_weights_of_a_quantised_model_are_named_not_guessed(tmp_path):
+    told = tiny_llama().config.to_dict() | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(told, default=str))
+    given = {"policy": "trim_kv", "device_memory": 2**24}
+    assert retention.plan(tmp_path, 100, 1, 8, policy="trim_kv").sizes.weights is None
+    with pytest.raises(ValueError, match=r"name them \(--weights"):
+        retention.plan(tmp_path, 100, 1, 8, **given)
+    found = [
+        retention.plan(tmp_path, 100, 1, 8, weights=weights, **given).largest["full"] for weights in (2**20, 2**23)
+    ]
+    assert found[0] > 1.5 * found[1] > 0
+
+
+def test_a_model_that_transformers_does_not_build_is_planned_without_its_weights():
+    config = tiny_llama().config
+    config.head_dim, config.hidden_act = 16, "no such activation"
+    planned = retention.plan(config, 100, 1, 8, policy="trim_kv")
+    assert planned.sizes.weights is None
+    assert planned.full.total == retention.plan(tiny_llama().config, 100, 1, 8, policy="trim_kv").full.total
 
 
 @pytest.mark.parametrize(

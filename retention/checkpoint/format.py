@@ -7,7 +7,9 @@ from typing import Any
 from retention.checkpoint.values import shown
 
 FORMAT_VERSION = 2
-CONFIG, TENSORS, CARD = "gate_config.json", "gate_model.safetensors", "README.md"
+CONFIG, TENSORS, CARD, PICTURE = "gate_config.json", "gate_model.safetensors", "README.md", "accuracy.png"
+FILES = (TENSORS, CARD, PICTURE, CONFIG)
+"""Of an artefact, in the order in which they replace older ones; the picture is there where accuracy was measured."""
 PARTS: dict[str, type] = {
     "base": dict, "shape": dict, "gate": dict, "training": dict, "conventions": dict, "storage": str,
     "tensors_sha256": str,

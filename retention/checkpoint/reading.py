@@ -1,7 +1,6 @@
 """Reads artefacts that may come from anybody: nothing is executed, and nothing large is allocated before it is checked."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from retention.checkpoint.format import CONFIG, TENSORS, present
 from retention.checkpoint.storage import STORAGES, layout, unpacked
+from retention.checkpoint.text import parsed
 
 LARGEST_CONFIG, LARGEST_HEADER, LARGEST_FILE = 4 * 2**20, 4 * 2**20, 4 * 2**30
-DEEPEST = 32
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -69,7 +68,11 @@ def read(folder: Path) -> Artefact:
             raise damaged(folder, f"{name} is a link to somewhere else")
         if file.stat().st_size > largest:
             raise damaged(folder, f"{name} is larger than {largest // 2**20} MiB")
-    config = present(_parsed(folder), folder)
+    try:
+        told = parsed((folder / CONFIG).read_bytes(), CONFIG)
+    except (OSError, ValueError) as error:
+        raise damaged(folder, str(error)) from error
+    config = present(told, folder)
     if config["storage"] not in STORAGES:
         raise ValueError(
             f"expected the gate artefact in {folder} to be stored as one of {', '.join(STORAGES)}, got "
@@ -84,44 +87,6 @@ def _homes(folder: Path) -> list[Path]:
     return [real, *(place.parents[1] / "blobs" for place in (real, *real.parents) if place.parent.name == "snapshots")]
 
 
-def _parsed(folder: Path) -> Any:
-    try:
-        return _plain((folder / CONFIG).read_bytes(), CONFIG)
-    except (OSError, ValueError) as error:
-        raise damaged(folder, str(error)) from error
-
-
-def _plain(text: bytes, name: str) -> Any:
-    """JSON in UTF-8 that names nothing twice, for readers would not agree which one counts, and is not nested deeply.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=_once)
-    except RecursionError as error:
-        raise ValueError(f"{name} is nested too deeply") from error
-    if not _within(value, DEEPEST):
-        raise ValueError(f"{name} is nested too deeply")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
-    return found
-
-
-def _within(value: Any, depth: int) -> bool:
-    """Whether a parsed value is nested no deeper than this."""
-    match value:
-        case dict() | list():
-            inner = value.values() if isinstance(value, dict) else value
-            return depth > 0 and all(_within(item, depth - 1) for item in inner)
-    return True
-
-
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by name off the header, whose length is checked before anything parses it."""
     try:
@@ -129,7 +94,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             length = int.from_bytes(file.read(8), "little")
             if length > LARGEST_HEADER:
                 raise ValueError(f"the header of {TENSORS} is larger than {LARGEST_HEADER // 2**20} MiB")
-            _plain(file.read(length), f"the header of {TENSORS}")
+            parsed(file.read(length), f"the header of {TENSORS}")
         with safe_open(folder / TENSORS, "pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
             stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}

@@ -256,5 +256,4 @@ class RetentionGates(nn.Module, ModelHubMixin, library_name="retention", tags=["
         Raises:
             ValueError: when it is missing, damaged, of a newer format, or its tensors do not fit its config.
         """
-        files = [checkpoint.CONFIG, checkpoint.TENSORS, checkpoint.CARD]
-        return gates_of(cls, folder_of(name, files, **hub))
+        return gates_of(cls, folder_of(name, list(checkpoint.FILES), **hub))

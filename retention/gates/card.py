@@ -5,10 +5,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from retention.budget import Budget
+from retention.checkpoint import CARD, PICTURE
+from retention.gates.curve import SCOPES, Curve, measured, picture
 
-SCOPES = {"global": "one pool", "per_head": "head by head"}
-"""How validation evicts, by the words of its record."""
 _CARD = """---
 {header}
 ---
@@ -33,8 +32,11 @@ retrieval of arbitrary facts at very small budgets is beyond any question-agnost
 """
 
 
-def model_card(config: dict[str, Any]) -> str:
-    """Markdown with the hub's front matter; says only what the config holds."""
+def model_card(config: dict[str, Any]) -> dict[str, bytes]:
+    """Markdown with the hub's front matter and, where accuracy was measured, its picture, by file name.
+
+    Both say only what the config holds.
+    """
     training, base, shape = config["training"], config["base"], config["shape"]
     name = base.get("name_or_path") or "an unnamed base"
     keys = ("objective", "task", "steps", "budget", "loss_weights", "scope", "seed")
@@ -52,13 +54,16 @@ def model_card(config: dict[str, Any]) -> str:
         **{f"convention: {key}": value for key, value in config["conventions"].items()},
         "versions": ", ".join(f"{key} {value}" for key, value in config["versions"].items()),
     }
-    return _CARD.format(
+    curve = measured(training.get("validation"))
+    drawn = picture(curve)
+    text = _CARD.format(
         header=_header(base.get("name_or_path"), config["gate"]["name"]),
         gate=config["gate"]["name"],
         base=_cell(name),
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
-        curve=_curve(training.get("validation")),
+        curve="Not measured." if curve is None else _table(curve, drawn is not None),
     )
+    return {CARD: text.encode(errors="replace")} | ({} if drawn is None else {PICTURE: drawn})
 
 
 def _header(base: Any, gate: str) -> str:
@@ -69,32 +74,16 @@ def _header(base: Any, gate: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays inside one cell, whatever it says."""
-    return re.sub(r"\s+", " ", str(value)).replace("|", "/").replace("<", "&lt;")
+    """Text that stays inside one cell and points nowhere, whatever it says."""
+    return re.sub(r"\s+", " ", str(value)).replace("|", "/").replace("<", "&lt;").replace("](", "] (")
 
 
-def _curve(validation: Any) -> str:
-    """Accuracy under hard eviction on validation contexts as a table, largest budget first."""
-    found: dict[str, dict[str, float]] = {}
-    for key, value in validation.items() if isinstance(validation, dict) else ():
-        scope, _, budget = str(key).partition(" ")
-        if scope in SCOPES and isinstance(value, int | float):
-            found.setdefault(budget, {})[scope] = value
-    if not found:
-        return "Not measured."
-    full = found.pop("full", {}).get("global")
+def _table(curve: Curve, pictured: bool) -> str:
+    """Accuracy under hard eviction on validation contexts, largest budget first, below its picture."""
     lines = [f"| kept | {' | '.join(SCOPES.values())} |", "|---|---|---|"]
-    lines += [] if full is None else [f"| all | {full:.3f} | {full:.3f} |"]
-    for budget in sorted(found, key=_size, reverse=True):
-        values = (found[budget].get(scope) for scope in SCOPES)
-        lines.append(f"| {_cell(budget)} | {' | '.join('' if x is None else f'{x:.3f}' for x in values)} |")
-    return "\n".join(["Validation contexts, entries physically evicted before any question is read.", "", *lines])
-
-
-def _size(budget: str) -> tuple[str, float]:
-    """Where a budget stands in the table; what is none stands last."""
-    try:
-        parsed = Budget.parse(budget)
-    except ValueError:
-        return ("", 0.0)
-    return (parsed.unit, parsed.amount)
+    lines += [] if curve.full is None else [f"| all | {curve.full:.3f} | {curve.full:.3f} |"]
+    for budget, values in curve.budgets.items():
+        told = ("" if x is None else f"{x:.3f}" for x in (values.get(scope) for scope in SCOPES))
+        lines.append(f"| {_cell(budget)} | {' | '.join(told)} |")
+    said = "Validation contexts, entries physically evicted before any question is read."
+    return "\n".join([*([f"![Accuracy by budget]({PICTURE})", ""] if pictured else []), said, "", *lines])

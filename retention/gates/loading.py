@@ -1,5 +1,6 @@
 """From an artefact to gates: settings, sizes and tensors are held against each other before anything is built."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 MOST, LARGEST_STATE = 1024, 4 * 2**30
 """Layers of a model, and bytes of a memory's state of one sequence, that no real artefact comes near."""
-_TOLD = {"objective": str, "score_kind": str, "seed": int, "calibration": dict}
+_TOLD = {"objective": str, "score_kind": str, "seed": int, "calibration": dict, "memory": dict}
 
 
 def folder_of(name: str | Path, files: list[str], **hub: Any) -> Path:
@@ -27,7 +28,8 @@ def folder_of(name: str | Path, files: list[str], **hub: Any) -> Path:
     Raises:
         ValueError: when it is neither.
     """
-    if Path(name).is_dir() or "/" not in str(name) or isinstance(name, Path) or str(name).startswith((".", "/", "~")):
+    name = name if isinstance(name, Path) else os.path.expanduser(name)  # Hydra's gates=~/... reaches no shell
+    if Path(name).is_dir() or "/" not in str(name) or isinstance(name, Path) or str(name).startswith((".", "/")):
         return Path(name)
     try:
         return Path(snapshot_download(str(name), allow_patterns=files, **hub))

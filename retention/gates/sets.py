@@ -36,6 +36,10 @@ class GateSets(ModelHubMixin, library_name="retention", tags=["kv-cache"]):
                     f"expected gate sets named by letters, digits, - and _, got {checkpoint.shown(name)}; rename it"
                 )
             next(iter(sets.values())).check_beside(gates)
+        if len({name.casefold() for name in sets}) < len(sets):
+            raise ValueError(
+                f"expected gate sets whose names differ in more than case, got {', '.join(sets)}; rename one"
+            )
         self._sets = dict(sets)
 
     def __getitem__(self, name: str) -> RetentionGates:
@@ -75,9 +79,8 @@ class GateSets(ModelHubMixin, library_name="retention", tags=["kv-cache"]):
         Raises:
             ValueError: when there is none, or one of them is refused.
         """
-        files = [f"*/{file}" for file in (checkpoint.CONFIG, checkpoint.TENSORS, checkpoint.CARD)]
-        folder = folder_of(name, files, **hub)
-        found = sorted(file.parent for file in folder.glob(f"*/{checkpoint.CONFIG}"))
+        folder = folder_of(name, [f"*/{file}" for file in checkpoint.FILES], **hub)
+        found = sorted(file.parent for file in folder.glob(f"[!.]*/{checkpoint.CONFIG}"))  # not a save that was cut off
         if not 0 < len(found) <= MOST:
             raise ValueError(
                 f"expected a folder with 1 to {MOST} gate sets at {folder}, got {len(found)}; one set alone is read by "

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from retention.gates import RetentionGates
 from retention.gates.trim import Trim
-from retention.interop.layout import Layout, by_layer, imported, read_config, read_tensors, spared_layers
+from retention.interop.layout import Layout, by_layer, imported, read_tensors, spared_layers
+from retention.interop.settings import count, flag, one_of, read_config, real
 from retention.models.family import decoder_of, model_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAYOUT = "NVIDIA Model-Optimizer, experimental/dms at 1752723 (Apache-2.0)"
+PUBLISHED = "cache.selector=threshold cache.threshold=0"
 NAMES = "dms_proj_alpha"
 
 
@@ -35,15 +37,13 @@ def from_state_dict(
     Raises:
         ValueError: when they do not fit the model, naming tensor or setting.
     """
-    if not config.get("dms_separate_alpha", False):
+    if not flag(config, "dms_separate_alpha", False):
         raise ValueError(
             "expected DMS gates with parameters of their own (dms_separate_alpha true), got some inside the queries: "
             "those change the base, which stays frozen here"
         )
-    scale, offset = float(config.get("dms_alpha_scale", 100.0)), float(config.get("dms_initial_alpha_offset", 5.0))
-    per, shape = config.get("dms_alpha_per", "head"), model_shape(model)
-    if per not in ("head", "layer"):
-        raise ValueError(f"expected dms_alpha_per head or layer, got {per!r}")
+    scale, offset = real(config, "dms_alpha_scale", 100.0), real(config, "dms_initial_alpha_offset", 5.0)
+    per, shape = one_of(config, "dms_alpha_per", "head", ("head", "layer")), model_shape(model)
     own = {k: v for k, v in tensors.items() if NAMES in k}
     layout = by_layer(Layout(own, "these DMS gates"), "self_attn")
     heads, hidden, ours = shape.num_kv_heads, shape.hidden_size, {}
@@ -58,8 +58,9 @@ def from_state_dict(
         ours[f"layers.{number}.0.weight"] = (-scale * weight).float()
         ours[f"layers.{number}.0.offset"] = (offset - scale * bias).float()
     layout.check_rest(spared_layers(model, shape.layers))
-    gate, window = Trim(gate_hidden=0, delayed=True), config.get("dms_window_size")
-    return imported(gate, model, ours, objective="dms", score_kind="static", layout=LAYOUT, window=window)
+    gate, window = Trim(gate_hidden=0, delayed=True), count(config, "dms_window_size")
+    record: dict[str, Any] = {"layout": LAYOUT, "published": PUBLISHED, "window": window}
+    return imported(gate, model, ours, objective="dms", score_kind="static", **record)
 
 
 @torch.no_grad()

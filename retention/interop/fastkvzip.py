@@ -11,12 +11,14 @@ from torch import Tensor
 from retention.gates import RetentionGates
 from retention.gates.fastkvzip import FastKVzip
 from retention.interop.layout import Layout, imported, read_tensors
+from retention.interop.settings import real
 from retention.models.family import decoder_of, model_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAYOUT = "Fast KVzip, as read by kvpress 0.5.5 (Apache-2.0)"
+PUBLISHED = "cache.sink_size=4"
 EPS = 1e-6
 """Of the norms, which are Qwen3's."""
 
@@ -52,8 +54,11 @@ def from_state_dict(
         ours[f"{own}.base_keys"] = layout.take("k_base", heads, 1, bases, rank).squeeze(1)
         ours[f"{own}.offset"] = layout.take("b", heads, 1, group).flatten() - math.log(bases)
         layout.check_rest()
-    gate = FastKVzip(gate_hidden=rank, bases=bases, norm_eps=float(config.get("norm_eps", EPS)))
-    return imported(gate, model, ours, objective="fastkvzip", score_kind="static", layout=LAYOUT)
+    eps = real(config, "norm_eps", EPS)
+    if eps <= 0:
+        raise ValueError(f"expected norm_eps above 0 of Fast KVzip gates, got {eps:g}")
+    gate = FastKVzip(gate_hidden=rank, bases=bases, norm_eps=eps)
+    return imported(gate, model, ours, objective="fastkvzip", score_kind="static", layout=LAYOUT, published=PUBLISHED)
 
 
 def load(file: Path | str, model: "PreTrainedModel") -> RetentionGates:

@@ -1,6 +1,5 @@
 """Which positions an eviction kept, per layer and head, as data for engines that hold their own cache."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from retention.attach.hard import evicting
 from retention.cache.config import CacheConfig
 from retention.cache.evicting import EvictingCache
+from retention.checkpoint import parsed
 from retention.files import write_bytes, write_json
 from retention.gates import RetentionGates
 from retention.policies import Policy
@@ -77,16 +78,22 @@ class Kept:
         """Read both files.
 
         Raises:
-            ValueError: when one is missing or of a newer format.
+            ValueError: when one is missing, damaged or of a newer format, or they do not fit each other.
         """
         folder = Path(folder)
         try:
-            about, tensors = json.loads((folder / CARD).read_text()), load_file(folder / TENSORS)
-        except OSError as error:
+            about, tensors = parsed((folder / CARD).read_bytes(), CARD), load_file(folder / TENSORS)
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"expected {CARD} and {TENSORS} in {folder}, got {type(error).__name__}") from error
-        if about.get("format_version", FORMAT_VERSION + 1) > FORMAT_VERSION:
+        version = about.get("format_version") if isinstance(about, dict) else None
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(f"expected kept positions of format {FORMAT_VERSION} in {folder}; update retention")
-        return cls(tensors["positions"], tensors["counts"], tensors["seen"], about)
+        found = [tensors.get(name) for name in ("positions", "counts", "seen")]
+        positions, counts, seen = (x if x is not None and x.dtype is torch.int32 else torch.zeros(()) for x in found)
+        fit = (positions.dim(), counts.dim()) == (1, 3) and seen.shape == counts.shape[1:2]
+        if not fit or bool((counts < 0).any()) or int(counts.sum()) != len(positions):
+            raise ValueError(f"the tensors in {folder / TENSORS} are no kept positions; write them again")
+        return cls(positions, counts, seen, about)
 
 
 @torch.no_grad()

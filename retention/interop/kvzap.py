@@ -9,13 +9,15 @@ from torch import Tensor
 
 from retention.gates import RetentionGates
 from retention.gates.trim import Trim
-from retention.interop.layout import Layout, imported, read_config, read_tensors, spared_layers
+from retention.interop.layout import Layout, imported, read_tensors, spared_layers
+from retention.interop.settings import count, read_config
 from retention.models.family import decoder_of, model_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAYOUT = "KVzap, as read by kvpress 0.5.5 (Apache-2.0)"
+PUBLISHED = "cache.selector=threshold cache.threshold=-4"
 
 
 def from_state_dict(
@@ -29,7 +31,7 @@ def from_state_dict(
     Raises:
         ValueError: when they do not fit the model, naming tensor or setting.
     """
-    shape, width = model_shape(model), config.get("hidden_dim")
+    shape, width = model_shape(model), count(config, "hidden_dim")
     fits = {
         "input_dim": shape.hidden_size,
         "output_dim": shape.num_kv_heads,
@@ -52,7 +54,7 @@ def from_state_dict(
             ours[f"{own}.2.offset"] = layout.take(f"{theirs}.2.bias", heads)
     layout.check_rest(spared_layers(model, shape.layers))
     gate = Trim(gate_hidden=width or 0, activation="gelu")
-    return imported(gate, model, ours, objective="kvzap", score_kind="static", layout=LAYOUT)
+    return imported(gate, model, ours, objective="kvzap", score_kind="static", layout=LAYOUT, published=PUBLISHED)
 
 
 def load(folder: Path | str, model: "PreTrainedModel") -> RetentionGates:

@@ -1,7 +1,7 @@
 """What all importers share: tensors read from files, taken by name and shape, and the gates made of them."""
 
-import json
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ class Layout:
         if not isinstance(found, Tensor) or not found.is_floating_point():
             kind = "none" if found is None else f"{getattr(found, 'dtype', type(found).__name__)}"
             raise ValueError(f"expected a tensor {key} of floats in {self.source}, got {kind}")
+        if found.layout is not torch.strided or found.is_meta:
+            raise ValueError(f"expected every number of {key} in {self.source}, got a tensor that is sparse or empty")
         if tuple(found.shape) != shape:
             raise ValueError(
                 f"expected {key} of shape {shape} for this model, got {tuple(found.shape)}; these gates belong to another base"
@@ -50,10 +52,10 @@ class Layout:
         """How long an axis of a tensor is, for what its shape alone tells.
 
         Raises:
-            ValueError: when it is missing or has no such axis.
+            ValueError: when it is missing or has no such axis, or nothing along it.
         """
         found = self.tensors.get(key)
-        if not isinstance(found, Tensor) or found.dim() <= axis:
+        if not isinstance(found, Tensor) or found.dim() <= axis or not found.shape[axis]:
             raise ValueError(f"expected a tensor {key} with {axis + 1} or more axes in {self.source}, got none")
         return found.shape[axis]
 
@@ -122,7 +124,13 @@ def read_tensors(path: Path | str, wanted: Wanted = lambda key: True) -> dict[st
         raise ValueError(f"expected a checkpoint or a folder with *.safetensors, found none at {path}")
     found: dict[str, Any] = {}
     for file in files:
-        found |= _pickled(file) if file.suffix in PICKLED else _safe(file, wanted)
+        more = _pickled(file) if file.suffix in PICKLED else _safe(file, wanted)
+        twice = sorted(found.keys() & more.keys())
+        if twice:
+            raise ValueError(
+                f"expected every tensor once in {path}, got {twice[0]} in several files; remove the others"
+            )
+        found |= more
     return {key: x for key, x in found.items() if wanted(key)}
 
 
@@ -139,30 +147,24 @@ def _pickled(file: Path) -> dict[str, Any]:
     arrays = [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]  # by numpy 2, by numpy 1
     numbers = [np.dtypes.Float32DType, np.dtypes.Float64DType]
     try:
+        _check_whole(file)
         with torch.serialization.safe_globals([*arrays, *numbers]):
             state = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251  (published so)
     except Exception as error:  # a foreign file may fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} holds no plain tensors ({reason}); nothing else is read") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"expected named tensors in {file}, got {type(state).__name__}")
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"expected named tensors in {file}, got {type(state).__name__} without names")
     return dict(state)
 
 
-def read_config(path: Path | str) -> dict[str, Any]:
-    """The `config.json` beside a checkpoint.
-
-    Raises:
-        ValueError: when it is missing or no JSON object.
-    """
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path).with_name("config.json")
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected a config.json at {file}, got {type(error).__name__}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"expected a JSON object in {file}, got {type(config).__name__}")
-    return config
+def _check_whole(file: Path) -> None:
+    """Refuse archives that grow when they are opened; torch writes its own uncompressed."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as opened:
+            size = sum(part.file_size for part in opened.infolist())
+        if size > file.stat().st_size:
+            raise ValueError(f"it unfolds to {size} bytes")
 
 
 def imported(
@@ -173,11 +175,24 @@ def imported(
     objective: str,
     score_kind: str,
     layout: str,
+    published: str | None = None,
     **record: Any,
 ) -> RetentionGates:
-    """Gates of ours with these tensors under their artefact names, and a record that says which policies rank by them."""
+    """Gates of ours with these tensors under their artefact names, and a record that says which policies rank by them.
+
+    `published` are the settings of an evaluation that evicts by them as their authors do, where ours differ.
+
+    Raises:
+        ValueError: for numbers that are not finite.
+    """
+    for name, x in tensors.items():
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"expected finite numbers, got some in these gates that are not ({name}, as it would be here)"
+            )
     gates = RetentionGates.for_model(config, model)
     gates.stack.load_state_dict(dict(tensors))
-    told = {key: value for key, value in record.items() if value is not None}
-    gates.training_record = {"objective": objective, "score_kind": score_kind, "imported": {"layout": layout, **told}}
+    told = {"layout": layout, "as_published": published, **record}
+    told = {key: value for key, value in told.items() if value is not None}
+    gates.training_record = {"objective": objective, "score_kind": score_kind, "imported": told}
     return gates.eval().requires_grad_(False)

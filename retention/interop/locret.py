@@ -12,6 +12,7 @@ from retention.gates import RetentionGates
 from retention.gates.architecture import ACTIVATIONS
 from retention.gates.trim import Trim
 from retention.interop.layout import Layout, by_layer, imported, read_tensors, spared_layers
+from retention.interop.settings import one_of
 from retention.models.family import decoder_of, model_shape
 from retention.types import ModelShape
 
@@ -33,9 +34,7 @@ def from_state_dict(
     Raises:
         ValueError: when they do not fit the model, naming the tensor, or its queries and keys are more than linear in x.
     """
-    activation, shape = config.get("hidden_act", "silu"), model_shape(model)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"expected hidden_act among {', '.join(ACTIVATIONS)} of Locret heads, got {activation!r}")
+    activation, shape = one_of(config, "hidden_act", "silu", ACTIVATIONS), model_shape(model)
     layout = by_layer(Layout(tensors, "these Locret heads"), "self_attn")
     width = layout.size(f"layers.{shape.layers[0]}.fc1.weight", 0)
     ours = {}

@@ -11,7 +11,8 @@ from retention.gates import GateConfig, RetentionGates
 from retention.gates.architecture import ACTIVATIONS
 from retention.gates.dbtrim import DBTrim
 from retention.gates.trim import Trim
-from retention.interop.layout import Layout, by_layer, imported, read_config, read_tensors, spared_layers
+from retention.interop.layout import Layout, by_layer, imported, read_tensors, spared_layers
+from retention.interop.settings import count, flag, one_of, read_config
 from retention.models.family import model_shape
 from retention.types import ModelShape
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LAYOUT = "trimkv 0.1.5 (Apache-2.0)"
 FILE = "trimkv_weights.pth"
+PUBLISHED = {"rg": "policy.trim_kv.age_offset=1", "rg10": "policy.db_trim_kv.age_offset=1"}
 KINDS = ("rg", "rg10")
 """A gate per layer (TRIM-KV); features per layer and one projection, whose copies are listed at every layer (DBTrimKV)."""
 
@@ -37,12 +39,11 @@ def from_state_dict(
     Raises:
         ValueError: when they do not fit the model, naming tensor or setting.
     """
-    told = {**config, **(config.get("text_config") or {})}
-    kind, activation = told.get("retention_gate"), told.get("hidden_act", "silu")
-    if kind not in KINDS:
-        raise ValueError(f"expected retention_gate rg or rg10 in the config of TRIM-KV gates, got {kind!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"expected hidden_act among {', '.join(ACTIVATIONS)} of TRIM-KV gates, got {activation!r}")
+    inner = config.get("text_config") or {}
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"expected text_config of TRIM-KV gates to be a JSON object, got {type(inner).__name__}")
+    told = {**config, **inner}
+    kind, activation = one_of(told, "retention_gate", None, KINDS), one_of(told, "hidden_act", "silu", ACTIVATIONS)
     layout, shape = by_layer(Layout(tensors, "these TRIM-KV gates"), "self_attn.retention_gate"), model_shape(model)
     width = layout.size(f"layers.{shape.layers[0]}.linear1.weight", 0)
     gate: GateConfig = Trim(gate_hidden=width, activation=activation)
@@ -61,11 +62,11 @@ def from_state_dict(
         ours[f"{head}.offset"] = layout.take(f"{theirs}.bias", shape.num_kv_heads)
     layout.check_rest(spared_layers(model, shape.layers))
     if kind == "rg10":
-        tied = bool(told.get("tie_retention_gate_layers", True))
+        tied = flag(told, "tie_retention_gate_layers", True)
         gate = DBTrim(gate_hidden=width, activation=activation, tied=tied)
         ours = _tied(ours, shape) if tied else ours
-    budget = told.get("memory_size")
-    return imported(gate, model, ours, objective="distillation", score_kind="decay", layout=LAYOUT, budget=budget)
+    record: dict[str, Any] = {"layout": LAYOUT, "published": PUBLISHED[kind], "budget": count(told, "memory_size")}
+    return imported(gate, model, ours, objective="distillation", score_kind="decay", **record)
 
 
 def _tied(ours: dict[str, Float[Tensor, "..."]], shape: ModelShape) -> dict[str, Float[Tensor, "..."]]:

@@ -1,6 +1,6 @@
 """What a cache will cost, before anything runs: bytes of the full and the evicted cache, and the largest batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,12 +56,14 @@ def plan(
     dtype: torch.dtype | None = None,
     device_memory: int | None = None,
     reserve: float = RESERVE,
+    weights: int | None = None,
 ) -> Plan:
     """What the cache of `batch` prompts of `context` tokens each will hold, full and evicted.
 
     `source` is a model, its config, or a `config.json` (or its folder); nothing is downloaded, no weight is read.
     `memory` is one of evicted tokens, used as `on_evict` says. With `device_memory` in bytes the largest
     batch is the one whose weights and cache, at their peak, leave `reserve` of it free: activations are not counted.
+    `weights` are their bytes, which a quantised model's config does not tell.
 
     Bytes are those of `cache.bytes()` right after the prompt: exact where heads keep equally many, and in a pool but
     for its page numbers. Peaks are exact for full-attention models evicted head by head, otherwise at most so much,
@@ -77,10 +79,12 @@ def plan(
         (policy in POLICIES, f"policy among {', '.join(POLICIES)}", policy),
         (0 <= reserve < 1, "reserve of 0 or more, below 1", reserve),
         (device_memory is None or device_memory > 0, "device_memory above 0 bytes", device_memory),
+        (weights is None or weights > 0, "weights above 0 bytes", weights),
         (memory is None or on_evict in REMEMBER, f"on_evict among {', '.join(REMEMBER)} with a memory", on_evict),
     )
     require(checks)
     sizes = sizes_of(source, dtype)
+    sizes = sizes if weights is None else replace(sizes, weights=weights)
     if not sizes.shape.layers:
         raise ValueError("expected a model with full-attention layers, got one whose cache does not grow")
     wanted = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
@@ -118,7 +122,10 @@ def plan(
 def _largest(setting: Setting, room: float) -> dict[str, int]:
     """Largest batch whose peak fits beside the weights; 0 where one sequence does not."""
     if setting.sizes.weights is None:
-        raise ValueError("expected a config that transformers has a model for, since the weights need room too")
+        raise ValueError(
+            "expected the bytes of the weights, which need room too and which this config does not tell (quantised, or no "
+            "model of transformers); name them (--weights 5GiB)"
+        )
     found = {}
     for name, evicted in (("full", False), ("evicted", True)):
         one, two = (setting.held(batch, evicted=evicted).peak for batch in (1, 2))

@@ -21,7 +21,8 @@ def run(args: Namespace) -> str:
         "policy": args.policy,
         "prefill_chunk": args.prefill_chunk,
         "dtype": None if args.dtype is None else getattr(torch, args.dtype),
-        "device_memory": None if args.gpu is None else _size(args.gpu),
+        "device_memory": _size(args, "gpu"),
+        "weights": _size(args, "weights"),
         "reserve": args.reserve,
     }
     asked = args.config, args.context, args.batch, args.budget
@@ -31,13 +32,16 @@ def run(args: Namespace) -> str:
     return table(plans)
 
 
-def _size(text: str) -> int:
-    """Bytes of `80GiB`.
+def _size(args: Namespace, name: str) -> int | None:
+    """Bytes of `80GiB`; None where nothing was said.
 
     Raises:
         ValueError: when it is no size.
     """
+    text = getattr(args, name)
+    if text is None:
+        return None
     size = Budget.parse(text)
     if size.unit != "bytes":
-        raise ValueError(f"expected --gpu in bytes, as in 80GiB, got {text!r}")
+        raise ValueError(f"expected --{name} in bytes, as in 80GiB, got {text!r}")
     return int(size.amount)

@@ -1,13 +1,14 @@
 """What a config tells of a model's cache: which layers hold what, for how many bytes, and what the weights take."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from retention.checkpoint import shown
 from retention.models.family import config_shape, layer_kinds
+from retention.planning.configs import check, config_of
 from retention.types import ModelShape
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Sizes:
     state: int
     """Bytes of one sequence's state in a linear layer; 0 where there are none."""
     weights: int | None
-    """Bytes of all parameters; None where transformers has no class for the config."""
+    """Bytes of all parameters; None where a config alone does not tell them: it is quantised, or transformers builds none."""
 
     @property
     def entry(self) -> int:
@@ -67,56 +68,29 @@ def sizes_of(source: "Source", dtype: torch.dtype | None = None) -> Sizes:
         config, own = source.config, source.dtype
         weights = sum(x.numel() * x.element_size() for x in source.parameters())
     else:
-        config = _read(Path(source)) if isinstance(source, str | Path) else source
+        config = config_of(Path(source)) if isinstance(source, str | Path) else source
         own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    found = dtype or (getattr(torch, own) if isinstance(own, str) else own)
+    found = dtype or (getattr(torch, own, None) if isinstance(own, str) else own)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"expected a dtype of torch in the config, got {shown(own)}; name one (--dtype)")
     text = config.get_text_config()
-    _check(text)
+    check(config)
     kinds = tuple(layer_kinds(config))
     known = (FULL, *WINDOWED, LINEAR)
     strange = next((kind for kind in kinds if kind not in known), None)
     if strange is not None:
         raise ValueError(f"expected layers among {', '.join(known)}, got {strange!r}, whose state is not known here")
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or 0
+    if window < 1 and set(kinds) & set(WINDOWED):
+        raise ValueError(f"expected a sliding_window or attention_chunk_size above 0 in the config, got {window}")
     return Sizes(
         shape=config_shape(config),
         kinds=kinds,
         element=found.itemsize,
         window=window,
         state=_linear_state(text) * found.itemsize if LINEAR in kinds else 0,
-        weights=_parameters(config) * found.itemsize if weights is None and _factory(config) else weights,
+        weights=_weights(config, found.itemsize) if weights is None else weights,
     )
-
-
-def _read(file: Path) -> Any:
-    """The config of a JSON file; nothing is looked up elsewhere."""
-    from transformers import CONFIG_MAPPING
-
-    file = file / "config.json" if file.is_dir() else file
-    try:
-        told = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected a config.json or its folder, {file} is none ({type(error).__name__})") from error
-    kind = told.get("model_type") if isinstance(told, dict) else None
-    if kind is None or kind not in CONFIG_MAPPING:
-        raise ValueError(f"expected a model_type that transformers knows in {file}, got {kind!r}")
-    return CONFIG_MAPPING[kind].from_dict(told)
-
-
-def _check(text: Any) -> None:
-    """Refuse caches that are something else than keys and values of equal heads.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise ValueError(
-            "expected keys and values by head, got multi-head latent attention (kv_lora_rank): its latent is one for all "
-            "heads, so heads cannot be evicted apart, and nothing here plans or evicts it"
-        )
-    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"):
-        if not isinstance(getattr(text, name, None), int):
-            raise ValueError(f"expected one number {name} in the config, got {getattr(text, name, None)!r}")
 
 
 def _linear_state(text: Any) -> int:
@@ -127,7 +101,7 @@ def _linear_state(text: Any) -> int:
     """
     names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
     given: list[Any] = [getattr(text, f"linear_{name}", None) for name in names]
-    if None in given:
+    if not all(type(x) is int and x > 0 for x in given):
         raise ValueError("expected linear layers of the gated delta rule (linear_num_value_heads, ...), got others")
     key, value, keys, values, kernel = given
     return (2 * keys * key + values * value) * kernel + values * key * value
@@ -142,8 +116,14 @@ def _factory(config: Any) -> Any:
     return hub.AutoModelForCausalLM if type(config) in hub.MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
-def _parameters(config: Any) -> int:
-    """Parameters of the model a config describes, tied ones once, built without memory."""
-    with torch.device("meta"):
-        model = _factory(config).from_config(config)
-    return sum(x.numel() for x in model.parameters())
+def _weights(config: Any, element: int) -> int | None:
+    """Bytes of the model a config describes, tied parameters once, built without memory; None where that is not told."""
+    factory = _factory(config)
+    if factory is None or getattr(config, "quantization_config", None) is not None:
+        return None
+    try:
+        with torch.device("meta"):
+            model = factory.from_config(config)
+    except Exception:  # a family may fail in any way on what it was not tried with; its cache is planned all the same
+        return None
+    return element * sum(x.numel() for x in model.parameters())

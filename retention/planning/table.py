@@ -32,11 +32,13 @@ def table(plans: Iterable[Plan]) -> str:
             lines.append(_row(f"  {item}", (held.items[item] for _, held in columns)))
     lines.append(_row("cache after the prompt", (held.total for _, held in columns)))
     lines.append(_row("cache at its peak, reading it", (held.peak for _, held in columns)))
+    parts = (f"{held.total / first.full.total:.1%}, peak {held.peak / first.full.peak:.1%}" for _, held in columns)
+    lines.append(f"{'part of the full cache':<34}" + "".join(f"{part:>34}" for part in parts))
     if any(held.peak > held.total for _, held in columns[1:]):
         lines.append("(the peak is that of prompts read whole, all at once, or in the chunks that were named)")
     lines.append("")
     lines.append(f"every decoded token adds {_bytes(first.per_token)}; decoding reserves at most {_bytes(first.slack)}")
-    weights = "not known, transformers has no model for this config" if sizes.weights is None else _bytes(sizes.weights)
+    weights = "not told by this config, name them (--weights)" if sizes.weights is None else _bytes(sizes.weights)
     lines.append(f"weights: {weights}")
     if first.device_memory is not None:
         said = [f"{first.largest['full']} full", *(f"{x.largest['evicted']} {name}" for x, (name, _) in zip((first, *others), columns[1:], strict=True))]  # fmt: skip

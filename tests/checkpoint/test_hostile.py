@@ -146,6 +146,18 @@ def test_headers_that_lie_are_refused(artefact, header):
     refused(artefact, "is damaged|do not fit")
 
 
+def test_what_a_stranger_measured_can_be_saved_again(artefact, tmp_path):
+    """Numbers beyond any float, and more budgets than a picture has room for."""
+    strange = {f"global {i}%": 0.5 for i in range(1, 100)} | {"global full": 10**400, "per_head $x$": 0.1}
+    rewrite(artefact, lambda config: config["training"].update(validation=strange))
+    RetentionGates.from_pretrained(artefact).save_pretrained(tmp_path / "again")
+    assert RetentionGates.from_pretrained(tmp_path / "again").training_record["validation"] == strange
+    assert 0 < (tmp_path / "again" / "accuracy.png").stat().st_size < 2**19
+    with open(artefact / "accuracy.png", "wb") as file:
+        file.truncate(2**43)
+    assert RetentionGates.from_pretrained(artefact).shape == SHAPE
+
+
 def test_tensors_named_twice_never_load_as_two_things(artefact):
     header, data = header_of(artefact)
     name, entry = next((k, v) for k, v in header.items() if k.endswith("bias"))
@@ -229,6 +241,8 @@ def test_huge_files_are_refused_before_they_are_read(artefact, name, largest):
         '{"format_version": NaN}',
         '{"format_version": [2]}',
         '"\\ud800"',
+        '{"training": {"task": "\\ud800"}}',
+        '{"training": {"\\udfff": 1}}',
     ],
 )
 def test_json_that_overreaches_is_refused(artefact, text):
@@ -293,6 +307,7 @@ def test_many_layers_with_tensors_as_many_are_not_built_without_shapes_that_fit(
         ("training", {"calibration": CALIBRATION | {"budgets": [0.0, 1.0]}}),
         ("training", {"objective": 3}),
         ("training", {"seed": {}}),
+        ("training", {"memory": [1]}),
         ("conventions", {"age_offset": 10**40}),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from retention import POLICIES, Budget, CacheConfig, RetentionGates, evicting
 from retention.cache.inputs import states
@@ -123,6 +124,10 @@ def test_the_folder_is_an_artefact_and_a_press(press_of, tmp_path):
     assert (score == torch.inf).sum(-1).eq(5).all()
     with pytest.raises(ValueError, match="hidden_size 64, the model has 32"):
         press.post_init_from_model(types.SimpleNamespace(config=tiny_qwen3(hidden_size=32).config))
+    with pytest.raises(ValueError, match="num_attention_heads 4, the model has 8"):
+        press.post_init_from_model(types.SimpleNamespace(config=tiny_qwen3(num_attention_heads=8).config))
+    with pytest.raises(ValueError, match="layers up to 2, the model has 2"):
+        press.post_init_from_model(types.SimpleNamespace(config=tiny_qwen3(num_hidden_layers=2).config))
 
 
 def test_gates_that_a_press_cannot_ask_are_refused(tmp_path):
@@ -134,6 +139,49 @@ def test_gates_that_a_press_cannot_ask_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no budget for gates that read none"):
         export_gate(gates_of(Trim(), "distillation"), tmp_path, budget=5)
     assert list(tmp_path.iterdir()) == []
+
+
+NO_KEPT = {
+    "list": b"[]",
+    "deep": b"[" * 100_000,
+    "text": b"nothing",
+    "newer": b'{"format_version": 2}',
+    "word": b'{"format_version": "1"}',
+}
+
+
+@pytest.mark.parametrize("told", NO_KEPT.values(), ids=list(NO_KEPT))
+def test_kept_positions_with_another_card_are_refused(told, tmp_path):
+    positions = torch.arange(4, dtype=torch.int32)
+    counts, seen = torch.tensor([[[3, 1]]], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
+    Kept(positions, counts, seen, {"format_version": 1}).save(tmp_path)
+    assert Kept.load(tmp_path).of_head(0, 0, 1).tolist() == [3]
+    (tmp_path / "kept.json").write_bytes(told)
+    with pytest.raises(ValueError, match=r"^expected kept[^\n]*$"):
+        Kept.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("counts"),
+        lambda t: t.update(positions=t["positions"][:3]),
+        lambda t: t.update(counts=torch.tensor([[[5, -1]]], dtype=torch.int32)),
+        lambda t: t.update(seen=torch.zeros(2, dtype=torch.int32)),
+        lambda t: t.update(positions=t["positions"].float()),
+    ],
+)
+def test_kept_positions_that_do_not_fit_each_other_are_refused(change, tmp_path):
+    tensors = {"positions": torch.arange(4), "counts": torch.tensor([[[3, 1]]]), "seen": torch.tensor([9])}
+    tensors = {name: x.int() for name, x in tensors.items()}
+    change(tensors)
+    save_file(tensors, tmp_path / "kept.safetensors")
+    (tmp_path / "kept.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match="are no kept positions; write them again"):
+        Kept.load(tmp_path)
+    (tmp_path / "kept.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="got SafetensorError"):
+        Kept.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["rows", "fastkvzip"])

@@ -1,6 +1,7 @@
 """Gates trained elsewhere, in their published layouts: the same numbers, the right policies, and refusals by name."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from retention import POLICIES, Budget, CacheConfig, RetentionGates, evicting
-from retention.interop import dms, fastkvzip, kvzap, layout, locret, trim_kv
+from retention.config import compose
+from retention.interop import dms, fastkvzip, kvzap, layout, locret, settings, trim_kv
 from retention.policies import policy_of
 from tests.cache.helpers import tokens
 from tests.interop import published
@@ -224,6 +226,74 @@ def test_what_does_not_fit_is_refused_by_name(kind, change, said):
     assert said in refused(kind, change)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        (
+            "kvzap",
+            lambda t, c: t["layers.0.bias"].fill_(torch.nan),
+            "got some in these gates that are not (layers.0.0.offset",
+        ),
+        ("kvzap", lambda t, c: t.update({"layers.0.bias": t["layers.0.bias"].to("meta")}), "sparse or empty"),
+        ("kvzap", lambda t, c: t.update({"layers.0.bias": t["layers.0.bias"].to_sparse()}), "sparse or empty"),
+        ("kvzap", lambda t, c: c.update(hidden_dim="8"), "hidden_dim to be a whole number above 0 or nothing, got '8'"),
+        ("trim_kv", lambda t, c: c.update(hidden_act=["silu"]), "hidden_act among silu, gelu, relu, got ['silu']"),
+        ("trim_kv", lambda t, c: c.update(text_config=[1]), "text_config of TRIM-KV gates to be a JSON object"),
+        ("trim_kv", lambda t, c: c.update(memory_size=[1]), "memory_size to be a whole number"),
+        (
+            "trim_kv",
+            lambda t, c: t.update({GATE.replace(".2.", ".0.") + ".linear1.weight": torch.zeros(0, 64)}),
+            "got none",
+        ),
+        ("dms", lambda t, c: c.update(dms_alpha_scale=None), "dms_alpha_scale to be a number, got None"),
+        ("dms", lambda t, c: c.update(dms_alpha_scale=float("nan")), "dms_alpha_scale to be a number, got nan"),
+        ("dms", lambda t, c: c.update(dms_alpha_scale=1e308), "expected finite numbers"),
+        ("dms", lambda t, c: c.update(dms_separate_alpha="false"), "to be true or false, got 'false'"),
+    ],
+)
+def test_numbers_and_settings_that_are_none_are_refused(kind, change, said):
+    assert said in refused(kind, change)
+
+
+def test_the_record_says_how_the_authors_evict():
+    """Settings as an evaluation reads them; the age of TRIM-KV's public code is one more than ours."""
+    model, found = tiny_qwen3(), {}
+    for kind in ("rg", "rg10"):
+        gates = trim_kv.from_state_dict(published.trim_kv(kind), {"retention_gate": kind}, model)
+        found[kind] = gates.training_record["imported"]["as_published"]
+    tensors, config = published.kvzap(None)
+    found["kvzap"] = kvzap.from_state_dict(tensors, config, model).training_record["imported"]["as_published"]
+    assert {kind: compose("eval", told.split()) for kind, told in found.items()}
+    assert found["rg10"] == "policy.db_trim_kv.age_offset=1"
+
+
+def test_tensors_that_lie_in_two_files_are_refused(tmp_path):
+    for name in ("a", "b"):
+        save_file({"w": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"expected every tensor once in .*, got w in several files"):
+        layout.read_tensors(tmp_path)
+
+
+def test_an_archive_that_unfolds_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(10_000)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as old,
+        zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for part in old.namelist():
+            new.writestr(part, old.read(part))
+    assert layout.read_tensors(tmp_path / "plain.pt")["w"].shape == (10_000,)
+    with pytest.raises(ValueError, match=r"holds no plain tensors \(it unfolds to \d+ bytes\)"):
+        layout.read_tensors(tmp_path / "small.pt")
+
+
+@pytest.mark.parametrize("content", [b'{"a":' * 100_000, b'{"a": 1, "a": 2}', b"[]", b"\xff", b'{"a": "\\ud800"}'])
+def test_configs_that_readers_would_not_read_alike_are_refused(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^expected a (config.json|JSON object) [^\n]*$"):
+        settings.read_config(tmp_path)
+
+
 def test_fastkvzip_of_another_base_is_refused_by_name():
     layers = published.fastkvzip()
     with pytest.raises(ValueError, match="3 layers for this model, got 2"):
@@ -248,4 +318,4 @@ def test_files_that_would_run_something_are_refused(tmp_path, capsys):
         with pytest.raises(ValueError, match=said):
             layout.read_tensors(tmp_path / file)
     with pytest.raises(ValueError, match=r"expected a config.json at"):
-        layout.read_config(tmp_path)
+        settings.read_config(tmp_path)
