@@ -112,8 +112,7 @@ class Bench:
         token = torch.full((running.batch, 1), 5, device=self.device)
         inside: Any = nullcontext()
         if isinstance(cache, EvictingCache):
-            gates = self.gates if cache.policy.needs_gates else None
-            inside = rt.evicting(self.model, cache.policy, cache.config, gates=gates)
+            inside = rt.evicting(self.model, cache.policy, cache.config, gates=cache.gates)
 
         def forwards() -> None:
             for place in places:
@@ -211,6 +210,7 @@ class Contents:
         """Ours, filled as a forward of a prompt fills it, evicted to the budget."""
         config = rt.CacheConfig(rt.Budget.parse(budget), **settings)
         cache = new_cache(self.bench.model, rt.POLICIES[policy](), config)
+        cache.gates = self.bench.gates if cache.policy.needs_gates else None
         valid = torch.ones(self.batch, self.context, dtype=torch.bool, device=self.bench.device)
         cache.begin(valid, ~valid, prompt=True, padded=False)
         for number, layer in enumerate(cache.evicting_layers):

@@ -31,7 +31,11 @@ def unrendered(monkeypatch):
     """Figures are built and their numbers written, but nothing is painted: for tests that look at no picture."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b""))
+    def savefig(self, place, **how):
+        if isinstance(place, str | Path):
+            Path(place).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture(scope="session")

@@ -382,6 +382,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["task.n_images=4", "task.n_needles=12", "task.n_asked=6", "task.n_turns=4"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_command_line_trains_exports_evaluates_and_refuses(tmp_path):
     from retention.config import compose
     from retention.evaluation.run import run as evaluate
