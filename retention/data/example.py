@@ -108,6 +108,8 @@ class Example:
     turns: list[Turn]
     query_position: str
     meta: dict[str, Any] = field(default_factory=dict)
+    asked_behind: int = 0
+    """Segments of the context that come before the question, where the question stands before the others."""
     later: list[Segment] = field(default_factory=list)
     """A second prompt on the same cache, read after the context was evicted and before any question."""
     plain: bool = False

@@ -17,7 +17,7 @@ from retention.types import Batch
 
 IGNORE = -100
 BEHIND = "\n\n"
-"""Between a question and the context that follows it."""
+"""Between a question and the context on either side of it."""
 
 
 @dataclass
@@ -66,7 +66,9 @@ class Renderer:
     def _context(self, example: Example) -> str:
         segments = example.segments
         if example.query_position == "before" and example.turns:
-            segments = [Segment("text", example.turns[0].question + BEHIND), *segments]
+            place = example.asked_behind
+            question = Segment("text", (BEHIND if place else "") + example.turns[0].question + BEHIND)
+            segments = [*segments[:place], question, *segments[place:]]
         if example.plain:
             return "".join(segment.payload for segment in segments)
         content = [

@@ -3,6 +3,8 @@
 Boards are painted (tiers `rendered` and `hard`) or written as words, one per cell (tier `symbolic`).
 """
 
+from typing import Any
+
 import numpy as np
 
 from retention.data.example import EvidenceRef, Segment, TextRef
@@ -20,6 +22,11 @@ class Context:
         self.rng, self.tier, self.style, self.split, self.cell_px = rng, tier, style, split, cell_px
         self.still = False
         """Whether all boards share one ground, as frames of a camera that does not move."""
+        self.told: dict[str, Any] = {}
+        """What `meta` says of the context beside what it says of all."""
+        self.asked_behind = 0
+        """Segments before the question, where it stands among them."""
+        self._prompt: tuple[int, int] | None = None
         self._segments: list[Segment] = []
         self._text: list[str] = []
         self._length = 0
@@ -28,8 +35,8 @@ class Context:
 
     @property
     def n_boards(self) -> int:
-        """Boards shown so far."""
-        return len(self._boards)
+        """Boards of the context, without those of a second prompt."""
+        return len(self._boards) if self._prompt is None else self._prompt[1]
 
     @property
     def grid(self) -> int:
@@ -39,7 +46,17 @@ class Context:
     @property
     def blank_share(self) -> float:
         """Share of the boards' cells that show nothing."""
-        return float(np.mean(np.stack(self._boards) == ""))
+        return float(np.mean(np.stack(self._boards[: self.n_boards]) == ""))
+
+    def ask_here(self) -> None:
+        """Let the question stand behind what was shown and said so far."""
+        self._close()
+        self.asked_behind = len(self._segments)
+
+    def end_prompt(self) -> None:
+        """Let what is shown and said from here on be a second prompt."""
+        self._close()
+        self._prompt = len(self._segments), len(self._boards)
 
     def say(self, text: str) -> TextRef:
         """Add text; returns where it stands."""
@@ -74,8 +91,8 @@ class Context:
         """Where all cells of a board stand, row by row."""
         return [ref for (number, _, _), ref in self._cells.items() if number == board]
 
-    def finish(self) -> list[Segment]:
-        """The segments, boards painted."""
+    def finish(self) -> tuple[list[Segment], list[Segment]]:
+        """The segments of the context and those of a second prompt, boards painted."""
         self._close()
         places = [segment for segment in self._segments if segment.kind == "image"]
         if places:
@@ -83,7 +100,8 @@ class Context:
             images = boards.paint(self.rng, words, split=self.split, textured=self.tier == "hard", still=self.still)
             for segment, image in zip(places, images, strict=True):
                 segment.payload = boards.scaled(image, self.cell_px)
-        return self._segments
+        end = len(self._segments) if self._prompt is None else self._prompt[0]
+        return self._segments[:end], self._segments[end:]
 
     def _write(self, number: int, board: boards.Words) -> None:
         """A board as words, row by row, between what marks its two ends."""

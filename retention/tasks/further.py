@@ -46,7 +46,7 @@ def asked_again(rows: Iterable[Row]) -> dict[str, float]:
     for row in own:
         first.setdefault((*_context(row), row["question"]), row["turn"])
     again = [row for row in own if first[*_context(row), row["question"]] < row["turn"]]
-    return {"asked_again": _mean(again, lambda row: float(row["score"]))} if again else {}
+    return {"asked_again": mean_score(again)} if again else {}
 
 
 def number_error(rows: Iterable[Row]) -> dict[str, float]:
@@ -59,6 +59,11 @@ def number_error(rows: Iterable[Row]) -> dict[str, float]:
     share = {"numbers": len(said) / len(own)} if own else {}
     far = _mean(said, lambda row: abs(integers(row["prediction"])[0] - int(row["answer"]))) if said else None
     return share if far is None else share | {"mae": far}
+
+
+def mean_score(rows: Iterable[Row]) -> float:
+    """The score over contexts and training seeds, each by the mean of its turns; of one row or more."""
+    return _mean(rows, lambda row: float(row["score"]))
 
 
 def gap(rows: Iterable[Row], by: str, one: str, other: str) -> float | None:

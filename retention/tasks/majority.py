@@ -11,6 +11,7 @@ import numpy as np
 
 from retention.data.example import EvidenceRef, Example, Segment, TextRef, Turn
 from retention.tasks.base import Task
+from retention.tasks.depth import depths
 from retention.tasks.scene import GRID, N_KEYS, Needle, draw_scene, enlarged
 from retention.types import require
 
@@ -62,17 +63,21 @@ class Majority(Task):
             _turn([x for x in scene.needles if x.key == key], str(digit), style)
             for key, digit in zip(chosen, digits[:, 0], strict=True)
         ][: self.n_turns if n_turns is None else n_turns]
+        variant = f"{self.n_images}x{self.n_keys}-{self.votes}of{votes.shape[1]}"
+        segments = [Segment("image", enlarged(image, self.cell_px)) for image in scene.images]
         return Example(
-            id=f"{self.name}/{self.n_images}x{self.n_keys}-{self.votes}of{votes.shape[1]}/{split}/{seed}/{index}",
-            segments=[Segment("image", enlarged(image, self.cell_px)) for image in scene.images],
+            id=f"{self.name}/{variant}/{split}/{seed}/{index}",
+            segments=segments,
             turns=turns,
             query_position="deferred_turn" if len(turns) > 1 else "after",
             meta={
                 "n_images": self.n_images,
                 "grid": GRID,
+                "variant": variant,
                 "chance": self.chance,
                 "one_vote": self.votes / votes.shape[1],
                 "n_distractors": len(scene.needles) - len(turns) * votes.shape[1],
+                "depth": depths(turns, segments),
             },
         )
 

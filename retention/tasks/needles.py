@@ -14,6 +14,7 @@ import numpy as np
 from retention.data.example import EvidenceRef, Example, Segment, TextRef, Turn
 from retention.embedded import LETTERS
 from retention.tasks.base import Task
+from retention.tasks.depth import depths
 from retention.tasks.further import Row, asked_again
 from retention.tasks.scene import COLOURS, GRID, N_KEYS, Needle, draw_scene, enlarged
 from retention.types import require
@@ -88,16 +89,20 @@ class Needles(Task):
         askable = [x for x in scene.needles if self.asked_colour in (None, x.name[0])]
         order, count = rng.permutation(len(askable)).tolist(), self.n_turns if n_turns is None else n_turns
         asked = [askable[i] for i in self._repeated(rng, order, count)]
+        segments = [Segment("image", enlarged(image, self.cell_px)) for image in scene.images]
+        turns = [needle_turn(needle, style) for needle in asked]
         return Example(
             id=f"{self.name}/{self._variant()}/{split}/{seed}/{index}",
-            segments=[Segment("image", enlarged(image, self.cell_px)) for image in scene.images],
-            turns=[needle_turn(needle, style) for needle in asked],
+            segments=segments,
+            turns=turns,
             query_position="deferred_turn" if len(asked) > 1 else "after",
             meta={
                 "n_images": self.n_images,
                 "grid": GRID,
+                "variant": self._variant(),
                 "chance": self.chance,
                 "n_distractors": len(scene.needles) - len({needle.key for needle in asked}),
+                "depth": depths(turns, segments),
             },
         )
 

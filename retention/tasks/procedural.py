@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from retention.data.example import QUERY_POSITIONS, EvidenceRef, Example, Segment, Turn
+from retention.data.example import QUERY_POSITIONS, Example, Segment, Turn
 from retention.tasks.base import Task
 from retention.tasks.context import Context
+from retention.tasks.depth import depths
 from retention.types import require
 
 TIERS = ("symbolic", "rendered", "hard")
@@ -87,15 +88,17 @@ class Procedural(Task):
         context = Context(rng, tier=self.tier, style=style, split=split, cell_px=self.cell_px)
         drawn = [replace(turn, cue=CUES[style]) for turn in self.draw(rng, context)]
         turns = self.arranged(drawn, self.n_asked if n_turns is None else n_turns)
-        segments = context.finish()
-        later = len(turns) > 1 and not self.independent
-        position = "deferred_turn" if later and self.query_position == "after" else self.query_position
+        segments, later = context.finish()
+        dialogue = len(turns) > 1 and not self.independent
+        position = "deferred_turn" if dialogue and self.query_position == "after" else self.query_position
         return Example(
             id=f"{self.name}/v{self.version}-{self.variant()}-{self.query_position}/{self.tier}/{split}/{seed}/{index}",
             segments=segments,
             turns=turns,
             query_position=position,
             meta=self._meta(context, segments, turns),
+            asked_behind=context.asked_behind,
+            later=later,
             independent=self.independent,
             evicts_answers=self.evicts_answers,
         )
@@ -111,22 +114,11 @@ class Procedural(Task):
     def _meta(self, context: Context, segments: list[Segment], turns: list[Turn]) -> dict[str, Any]:
         meta: dict[str, Any] = {
             "version": self.version,
+            "variant": self.variant(),
             "tier": self.tier,
             "chance": self.guess,
             "n_images": context.n_boards,
         }
         if context.n_boards:
             meta |= {"grid": context.grid, "bg_frac": round(context.blank_share, 4)}
-        return meta | {"depth": [_depth(turn, segments) for turn in turns]}
-
-
-def _depth(turn: Turn, segments: list[Segment]) -> list[float]:
-    """Where each piece of a turn's evidence lies in the context, from 0 to 1: by images, or by characters of text."""
-    images = sum(segment.kind == "image" for segment in segments)
-    ends = np.cumsum([len(segment.payload) if segment.kind == "text" else 0 for segment in segments])
-    return [
-        round(ref.image / max(1, images - 1), 4)
-        if isinstance(ref, EvidenceRef)
-        else round((int(ends[ref.segment]) - len(segments[ref.segment].payload) + ref.start) / max(1, int(ends[-1])), 4)
-        for ref in turn.evidence
-    ]
+        return meta | {"depth": depths(turns, segments)} | context.told

@@ -1,6 +1,7 @@
 """A video whose events last a few frames: a key and its digit appear, stay, and are gone; which digit was it?
 
 The background stands still, or moves on by a column per frame when the camera pans: then no frame repeats another.
+The question may come in mid-stream: between two frames, about an event that has begun or about one still to come.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class StreamVideo(Procedural):
     """Share of the background's cells that a frame has in common with the one before."""
     pan: bool = False
     """Whether the background moves on by a column per frame."""
+    asked_at: float = 0.0
+    """Share of the frames that come before the question, where it stands before the others (`query_position: before`)."""
 
     def checks(self) -> tuple[Check, ...]:
         """What the settings have to satisfy."""
@@ -51,6 +54,12 @@ class StreamVideo(Procedural):
                 self.query_position != "before" or self.n_turns == 1,
                 "task.n_turns of 1 with task.query_position before",
                 self.n_turns,
+            ),
+            (0 <= self.asked_at < 1, "task.asked_at of 0 or more, below 1", self.asked_at),
+            (
+                self.asked_at == 0 or self.query_position == "before",
+                "task.query_position before with task.asked_at above 0",
+                self.query_position,
             ),
         )
 
@@ -71,10 +80,16 @@ class StreamVideo(Procedural):
             lasts, digit = int(rng.integers(1, LONGEST + 1)), str(rng.integers(10))
             frames[start : start + lasts, row, column : column + 2] = key, digit
             events.append((key, digit, range(start, start + lasts), row, column))
-        for frame in frames:
+        asked = round(self.asked_at * self.n_frames)
+        for number, frame in enumerate(frames):
+            if asked and number == asked:
+                context.ask_here()
             context.show(frame)
+        events = [events[i] for i in rng.permutation(len(events))]
+        if asked:
+            context.told["groups"] = {"event": "begun" if events[0][2].start < asked else "to come"}
         turns = []
-        for key, digit, seen, row, column in (events[i] for i in rng.permutation(len(events))):
+        for key, digit, seen, row, column in events:
             refs: list[Ref] = [context.cell(t, row, column + i) for t in seen for i in (0, 1)]
             turn = digit_turn(key, digit, refs, context.style)
             turn.needs_all = len(seen) == 1
@@ -82,8 +97,9 @@ class StreamVideo(Procedural):
         return turns
 
     def variant(self) -> str:
-        """Frames, events, turns and how the background behaves."""
-        return f"{self.n_frames}x{self.n_events}-{self.n_turns}t-{'pan' if self.pan else 'still'}{self.redundancy:g}"
+        """Frames, events, turns, how the background behaves, and where the question stands among the frames."""
+        moves, asked = "pan" if self.pan else "still", f"-at{self.asked_at:g}" if self.asked_at else ""
+        return f"{self.n_frames}x{self.n_events}-{self.n_turns}t-{moves}{self.redundancy:g}{asked}"
 
     def _background(self, rng: np.random.Generator) -> boards.Words:
         """Decoys in a quarter of the cells; between frames some are drawn anew, or all move on."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from retention.data.example import Example, Segment, TextRef, Turn
+from retention.tasks.depth import depths
 from retention.tasks.filler import filler
 from retention.tasks.needles import Needles
 from retention.tasks.scene import N_KEYS, key_name
@@ -80,7 +81,8 @@ class TextHeavy(Needles):
         facts_turns = [told[key] for key in keys]
         turns = {"images": pictured.turns, "text": facts_turns, "both": [*pictured.turns, *facts_turns]}[self.ask]
         turns = [turns[i] for i in asked]
-        meta = pictured.meta | {"n_distractors": self.n_needles + self.n_facts - len(turns)}
+        others = self.n_needles + self.n_facts - len(turns)
+        meta = pictured.meta | {"n_distractors": others, "depth": depths(turns, segments)}
         position = "deferred_turn" if len(turns) > 1 else "after"
         return replace(pictured, segments=segments, turns=turns, query_position=position, meta=meta)
 

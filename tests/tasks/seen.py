@@ -81,8 +81,10 @@ def named(ref):
 
 
 def seen(example, words, kept):
-    """What is left of an example when only these units are kept."""
+    """What is left of an example when only these units are kept; boards of a second prompt come with the question."""
     left = np.full(words.shape, None, dtype=object)
+    if example.later and (shown := example.meta["n_images"]) < len(words):
+        left[shown:] = words[shown:]
     texts = [HIDDEN * len(s.payload) if s.kind == "text" else "" for s in example.segments]
     for kind, *at in kept:
         if kind == "cell":

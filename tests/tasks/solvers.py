@@ -29,6 +29,10 @@ def counted(question, seen):
 
 
 def needle(question, seen):
+    if "the last one" in question:
+        mark = next(word for word in seen.boards[-1].flat if word and "-" in word)
+        board = seen.where(mark)[0][0]
+        return "ABCDEFGHIJKLMNOP"[board] if board < len(seen.boards) - 1 else None
     if "Which picture" not in question:
         return keyed(question, seen)
     found = seen.where("-".join(re.search(MARK, question).groups()))

@@ -221,6 +221,28 @@ def test_problems_are_asked_several_times_with_seeds_of_their_own(tmp_path):
     assert read("gsm8k", tmp_path / "g", decode_budget=False).example(0, "test", 0).evicts_answers is False
 
 
+def test_worked_problems_come_first_and_are_none_of_those_asked(tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(3)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    example = read("gsm8k", tmp_path / "a", shots=2, shots_path=str(file)).example(0, "test", 0)
+    assert example.segments[0].payload == (
+        "Problem: 0 + 1?\nSolution: It is 1.\n#### 1\n\nProblem: 1 + 1?\nSolution: It is 2.\n#### 2\n\n"
+        "Problem: Two mills with 600 lamps each?\n\n"
+    )
+    assert "main-2shots" in example.id
+    assert "shots" not in read("gsm8k", tmp_path / "b").example(0, "test", 0).id
+    with pytest.raises(ValueError, match=r"expected task\.gsm8k\.shots of at most 3, got 4"):
+        read("gsm8k", tmp_path / "c", shots=4, shots_path=str(file)).example(0, "test", 0)
+    with pytest.raises(ValueError, match=r"expected task\.gsm8k\.shots_path for shots from other rows than those"):
+        read("gsm8k", tmp_path / "d", shots=1)
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(file.read_text().replace("+ 1", "+ 1" if name == "train" else "+ 9"))
+    folder = BENCHMARKS["gsm8k"](path=str(tmp_path), shots=1).example(0, "test", 0)
+    assert folder.segments[0].payload.startswith("Problem: 0 + 1?")
+    assert folder.segments[0].payload.endswith("Problem: 0 + 9?\n\n")
+
+
 def test_thoughts_come_first_and_the_letter_alone_is_scored(tmp_path):
     once, twice = (read("longbench_v2", tmp_path / str(i), chain_of_thought=bool(i)) for i in range(2))
     alone, (thought, letter) = once.example(0, "test", 0).turns[0], twice.example(0, "test", 0).turns

@@ -12,6 +12,7 @@ from tests import hub, zoo
 from tests.tasks.fixtures import images, task_of, texts
 
 datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("unrendered")
 POLICIES = ("keydiff", "streaming_llm", "random")
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from retention.tasks import TASKS
+from retention.tasks.benchmarks.milebench import PARTS, MileBench
+from retention.tasks.benchmarks.scbench import SCBench
 from retention.tasks.deferred_region import DeferredRegion
 from retention.tasks.further import asked_again, companions, gap, number_error, worst
 from retention.tasks.haystack_any_all import HaystackAnyAll
@@ -50,6 +52,29 @@ def test_a_gap_is_taken_over_clusters_that_are_on_both_sides():
     assert gap(rows[:1], "order", "first", "second") is None
     assert DeferredRegion.further(rows) == {"deferred_penalty": 0.5}
     assert DeferredRegion.further(rows[:1]) == {}
+
+
+def test_sets_are_averaged_by_part_once_all_of_a_part_are_there():
+    def sets(part, score, contexts=1):
+        return [row(f"{name}-{i}", 0, score, groups={"set": name}) for name in PARTS[part] for i in range(contexts)]
+
+    rows = [*sets("temporal", 0.0), *sets("semantic", 1.0, contexts=2), *sets("diagnostic", 0.25)]
+    assert MileBench.further(rows) == {"realistic": 0.5, "temporal": 0.0, "semantic": 1.0, "diagnostic": 0.25}
+    assert MileBench.further(rows[1:-1]) == {"semantic": 1.0}
+    assert [len(PARTS[part]) for part in ("realistic", "diagnostic")] == [26, 3]
+    assert len({name for part in PARTS.values() for name in part}) == 29
+
+
+def test_the_two_tasks_of_a_mixed_set_are_told_apart():
+    mixed, alone = ({"set": name} for name in ("scbench_repoqa_and_kv", "scbench_kv"))
+    rows = [
+        row("a", 0, 1.0, scorer="function_match", groups=mixed),
+        row("a", 1, 0.0, scorer="contains_any", groups=mixed),
+        row("a", 2, 0.0, scorer="function_match", groups=mixed),
+        row("b", 0, 1.0, scorer="contains_any", groups=alone),
+    ]
+    assert SCBench.further(rows) == {"repoqa in repoqa_and_kv": 0.5, "kv in repoqa_and_kv": 0.0}
+    assert SCBench.further(rows[3:]) == {}
 
 
 def test_turns_asked_again_are_those_whose_question_came_before():

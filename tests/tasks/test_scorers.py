@@ -5,6 +5,7 @@ import pytest
 from retention.tasks.scorers import SCORERS, readable
 from retention.tasks.scorers.choice import chosen_letter
 from retention.tasks.scorers.text import edits, norm
+from retention.tasks.scorers.vqa import vqa_norm
 
 OPTIONS = ["a red box", "a dark red box", "blue", "None of these"]
 TEN = ["cat"] * 4 + ["a cat"] * 2 + ["dog"] * 2 + ["two cats", "bird"]
@@ -72,9 +73,11 @@ TABLE = [
     ("qa_f1", "the Green lamp", ["green glass", "a lamp"], 2 / 3),
     ("qa_f1", "an apple.", "apple", 1.0),
     ("qa_f1_line", "apple\nQuestion: next?", "apple", 1.0),
+    ("qa_f1_line", "pear\napple", "apple", 0.0),
     ("qa_f1_zh", "\u7eff\u8272\u3002", "\u7eff\u8272\u73bb\u7483", 2 / 3),
     ("rouge_l", "the cat sat on the mat", "a cat on a mat", 2 * 3 / 11),
     ("rouge_l_line", "\na b\nc d", "a b", 1.0),
+    ("rouge_l_line", "c d\na b", "a b", 0.0),
     ("rouge_l_zh", "\u4e00\u4e8c\u4e09", "\u4e00\u4e09", 0.8),
     ("rouge_lsum", "c d\na b", "a b\nc d", 1.0),  # lines may come in another order
     ("rouge_lsum", "a a a", "a b", 2 * 1 / 5),  # a word counts once
@@ -112,12 +115,78 @@ CHOICES = [
     ("E", None),  # there are four options
     ("a box", None),
     ("", None),
+    ("[A] is near, but I take B: it is darker", "B"),  # a letter with its mark goes before one in brackets,
+    ("Option D, though [A] is near", "A"),  # one in brackets before one after a word,
+    ("My answer is C, not a dark red box", "C"),  # one after a word before the text of an option
+]
+CODE = "def f(x):\n    return x + 1"
+GOLD = {
+    "abstention": ("I do not know that.", "unknown"),
+    "classification": ("It is a place.", "place", ["place", "person"]),
+    "classification_line": ("place", "place", ["place", "person"]),
+    "choice_letter": ("B", "B", OPTIONS),
+    "code_similarity": ("return x", "return x"),
+    "contains_all": ("12, 34", ["12", "34"]),
+    "function_match": (f"```python\n{CODE}\n```", CODE, [CODE]),
+    "index_only": ("3,1,2", "3,1,2"),
+    "index_triplet": ("3,1,2", "3,1,2"),
+    "list_exact": ("[2, 0]", ["2", "0"]),
+    "list_soft": ("[2, 0]", ["2", "0"]),
+    "list_start": ("[2, 0]", ["2", "0"]),
+    "math_equiv": (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    "vqa_soft": ("cat", ["cat"] * 10),
+    "yes_no": ("Yes.", "yes"),
+} | dict.fromkeys(
+    (
+        "anls", "contains_any", "exact", "first_number", "last_integer", "numbers_share", "numeric", "overlap", "qa_f1",
+        "qa_f1_line", "qa_f1_zh", "relaxed", "rouge_l", "rouge_l_line", "rouge_l_zh", "rouge_lsum", "short_answer",
+        "steps", "symbol", "token_in_split", "word_in",
+    ), ("7", "7"),
+)  # fmt: skip
+VQA = [
+    ("A red, white and blue flag", "red white and blue flag"),
+    ("The cat\non  an\tapple", "cat on apple"),
+    ("black/white", "black white"),  # a mark between words is a space
+    ("well-lit - yes", "welllit yes"),  # and nothing where it stands beside a space anywhere
+    ("1,000", "1000"),
+    ("1,000-2,000", "10002000"),  # or where a comma stands between digits
+    ("(left)", "left"),
+    ("3.5", "3.5"),
+    ("12:30 p.m.", "12:30 pm"),
+    ("None", "0"),
+    ("Two dogs", "2 dogs"),
+    ("ten", "10"),
+    ("twelve", "twelve"),
+    ("$5", "$5"),
+    ("Don't", "dont"),
+    ("who's", "whos"),
+    ("could've", "couldve"),
+    ("it's", "it's"),  # "its" is another word,
+    ("we're", "we're"),
+    ("dog's", "dog's"),  # and "dogs" too
+    ("the", ""),
 ]
 
 
 @pytest.mark.parametrize(("name", "prediction", "answer", "score"), TABLE)
 def test_scores_are_those_computed_by_hand(name, prediction, answer, score):
     assert SCORERS[name](prediction, answer) == pytest.approx(score)
+
+
+def test_every_scorer_gives_one_for_what_is_right():
+    assert {name: SCORERS[name](*gold) for name, gold in GOLD.items()} == dict.fromkeys(SCORERS, 1.0)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize(("prediction", "answer"), [(7, "7"), (None, "7"), ("7", 7), ("7", None)])
+def test_what_is_no_text_is_refused_and_never_scored(name, prediction, answer):
+    with pytest.raises(TypeError):
+        SCORERS[name](prediction, answer)
+
+
+@pytest.mark.parametrize(("text", "expected"), VQA)
+def test_answers_about_pictures_are_normalised_as_published(text, expected):
+    assert vqa_norm(text) == expected
 
 
 @pytest.mark.parametrize(("prediction", "letter"), CHOICES)

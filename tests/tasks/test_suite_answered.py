@@ -110,7 +110,7 @@ def test_the_same_region_is_scored_whichever_is_asked_about_first():
         (Needle, {"tier": "easy"}, "task.tier among symbolic, rendered, hard for needle, got 'easy'"),
         (Needle, {"query_position": "last"}, "task.query_position among before, after, deferred_turn for needle"),
         (Needle, {"cell_px": 7}, "task.cell_px of at least 8, got 7"),
-        (Needle, {"kind": "sound"}, "task.kind among text, image, index, got 'sound'"),
+        (Needle, {"kind": "sound"}, "task.kind among text, image, index, match, got 'sound'"),
         (Needle, {"kind": "index", "depth": 0.5}, "task.depth of null for kind index"),
         (Needle, {"depth": 1.5}, "task.depth between 0 and 1, got 1.5"),
         (MultiQuery, {"query_position": "before"}, "task.query_position among after for multi_query"),
@@ -118,6 +118,13 @@ def test_the_same_region_is_scored_whichever_is_asked_about_first():
         (Dilution, {"n_turns": 25}, "task.n_turns between 1 and 24, got 25"),
         (Dilution, {"query_position": "before"}, "task.n_turns of 1 with task.query_position before, got 8"),
         (Dilution, {"n_ties": 12}, "needles and ties of a board in at most 16 cells, got 18"),
+        (Needle, {"kind": "match", "n_images": 27}, "task.n_images between 2 and 26, got 27"),
+        (Needle, {"n_images": 1}, "task.n_images of at least 2, got 1"),
+        (Needle, {"kind": "match", "query_position": "before"}, "task.query_position among after for kind match"),
+        (TprStress, {"text_to_budget": -0.5}, "task.text_to_budget of 0 or more, got -0.5"),
+        (TprStress, {"text_to_budget": 1.0, "budget": 0}, "task.budget of at least 1, got 0"),
+        (StreamVideo, {"asked_at": 0.5}, "task.query_position before with task.asked_at above 0, got 'after'"),
+        (StreamVideo, {"asked_at": -0.5, "n_turns": 1}, "task.asked_at of 0 or more, below 1, got -0.5"),
         (TprStress, {"n_words": -1}, "task.n_words of 0 or more, got -1"),
         (StreamVideo, {"n_events": 25}, "task.n_events between 1 and 24, got 25"),
         (StreamVideo, {"redundancy": 2.0}, "task.redundancy between 0 and 1, got 2.0"),
@@ -191,6 +198,7 @@ def test_steps_are_scored_up_to_the_first_error():
     assert [score(said, "a b c d") for said in ("a b c d", "a, b, x, d", "b c d", "", "a b c d e")] == [1, 0.5, 0, 0, 1]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_an_evaluation_runs_single_independent_deferred_and_measured_tasks(tmp_path):
     """And leaves warm-up turns out of its summary, which stay in the rows."""
     tasks = {"needle": 1, "multi_query": 16, "deferred_region": 1, "ruler": 1}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from retention.config import compose
 from retention.data.example import EvidenceRef, Example, Segment, Turn
 from retention.data.render import Renderer
 from retention.models import family_of
@@ -21,6 +22,7 @@ from tests import hub, zoo
 FAMILIES = ("llava", "qwen2_5_vl", "internvl", "idefics3", "llava_next", "llava_onevision")
 """One square per image, three-axis positions, tiles and an overview, an overview and rows that end."""
 GRID, SIDE_PX = 4, 64
+SWEEP = compose("eval", []).task
 
 
 def renderer_of(name):
@@ -201,6 +203,26 @@ def test_ruler_in_the_words_of_the_embedded_model(kind, embedded_processor):
         rendered.inputs["input_ids"][0][rendered.evidence[0][0]].tolist()
     )
     assert told == [example.turns[0].question.removeprefix("<ask> "), example.turns[0].answer]
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.9, 1.1, 2, 4])
+def test_text_is_as_long_as_its_multiple_of_the_budget_says(ratio, embedded_processor):
+    renderer = Renderer(embedded_processor, [2])
+    task = SWEEP[f"tpr_stress_{100 * ratio:g}"].measured(renderer.length)
+    example = task.example(0, "test", 0)
+    assert task.example(0, "test", 0).meta["n_text_tokens"] == example.meta["n_text_tokens"] == round(128 * ratio)
+    silent = replace(task, text_to_budget=0.0).measured(renderer.length).example(0, "test", 0)
+    assert silent.meta["n_text_tokens"] == 0
+    assert renderer.length(example) - renderer.length(silent) == round(128 * ratio)
+    assert [image.shape for image in silent.images] == [image.shape for image in example.images]
+
+
+def test_sentences_stop_before_the_text_is_too_long():
+    """Bytes are the tokens here."""
+    renderer = renderer_of("qwen2_5_vl")[1]
+    example = TprStress(text_to_budget=2.0, budget=200).measured(renderer.length).example(0, "test", 0, style="natural")
+    assert 400 - 60 < example.meta["n_text_tokens"] <= 400
+    assert example.id.startswith("tpr_stress/v1-8x12-8t-2of200-")
 
 
 SYMBOLS = {

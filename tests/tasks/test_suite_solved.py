@@ -40,7 +40,7 @@ OLDER = {
     "majority": Majority(),
 }
 NEWER: dict[str, Procedural] = {
-    **{f"needle_{kind}": Needle(kind=kind, n_words=32) for kind in ("text", "image", "index")},
+    **{f"needle_{kind}": Needle(kind=kind, n_words=32) for kind in ("text", "image", "index", "match")},
     "diffuse_count": DiffuseCount(),
     "diffuse_count_colour": DiffuseCount(attribute="colour"),
     "diffuse_count_letter": DiffuseCount(attribute="letter", n_images=8),
@@ -78,6 +78,8 @@ COUNT, BUDGET = 16, {"ruler_fwe": 0.02}
 """Contexts per task, and the share of each that is kept where it is not a tenth: frequent words are everywhere."""
 FREE = ("ruler", "long_trace", "count_list", "doc_pages")
 """Tasks whose answers are too many to be guessed."""
+REFUSED = {("deferred_turn", "existence"), ("deferred_turn", "needle_match"), ("before", "needle_match")}
+"""Places of a question that a variant of a task does not let it stand at."""
 
 
 @pytest.fixture
@@ -170,12 +172,24 @@ def test_an_example_depends_on_seed_split_and_index_only(name):
     assert [len(turn) for turn in one.meta["depth"]] == [len(turn.evidence) for turn in one.turns]
 
 
+@pytest.mark.parametrize("name", OLDER)
+def test_older_tasks_tell_how_deep_their_evidence_lies_and_what_distracts(name, recorder):
+    example, _ = recorder.example(OLDER[name], 0)
+    depths = example.meta["depth"]
+    assert [len(turn) for turn in depths] == [len(turn.evidence) for turn in example.turns]
+    for turn, told in zip(example.turns, depths, strict=True):
+        places = [ref.image / (example.meta["n_images"] - 1) for ref in turn.evidence if isinstance(ref, EvidenceRef)]
+        assert all(0 <= depth <= 1 for depth in told)
+        assert not places or told == pytest.approx(places, abs=1e-4)
+    assert example.meta["n_distractors"] >= 0
+
+
 @every_new_task
 def test_a_question_stands_wherever_its_task_lets_it(name, recorder):
     task = NEWER[name]
     for position in ("before", "after", "deferred_turn"):
         changes = {"query_position": position} | ({"n_turns": 1} if hasattr(task, "n_turns") else {})
-        if position not in task.positions or (position, name) == ("deferred_turn", "existence"):
+        if position not in task.positions or (position, name) in REFUSED:
             with pytest.raises(ValueError, match=r"expected task\.query_position"):
                 replace(task, **changes)
             continue
@@ -201,7 +215,7 @@ def test_words_and_pictures_of_an_example_show_the_same(name, recorder):
     painted, words = recorder.example(replace(NEWER[name], tier="rendered"), 1)
     written, nothing = recorder.example(replace(NEWER[name], tier="symbolic"), 1)
     assert (len(nothing), written.images) == (0, [])
-    assert len(painted.images) == len(words)
+    assert len(painted.images) + sum(segment.kind == "image" for segment in painted.later) == len(words)
     for here, there in zip(painted.turns, written.turns, strict=True):
         assert (here.question, here.answer) == (there.question, there.answer)
         for cell, span in zip(here.evidence, there.evidence, strict=True):

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 from retention.tasks.benchmarks.base import DatasetTask, Row
 from retention.types import require
@@ -62,11 +62,8 @@ class Judge:
 
 @lru_cache(maxsize=2**16)
 def _asked(model: str, base_url: str, key: str | None, seconds: float, prompt: str, most_tokens: int) -> Reply:
-    from huggingface_hub import InferenceClient
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import InferenceClient, errors
 
-    # OSError and what the hub's HTTP library raises, whichever that is
-    failures = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     secret = os.environ[key] if key else "none"  # without one the client would send the hub's own
     client = InferenceClient(base_url=base_url, api_key=secret, timeout=seconds)
     said = [{"role": "user", "content": prompt}]
@@ -74,7 +71,7 @@ def _asked(model: str, base_url: str, key: str | None, seconds: float, prompt: s
         try:
             found = client.chat_completion(said, model=model, max_tokens=most_tokens, temperature=0.0)
             return Reply((found.choices[0].message.content or "").strip(), str(found.model or model))
-        except failures as error:
+        except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of httpx or httpx2, by hub version
             status = getattr(getattr(error, "response", None), "status_code", None)
             refused = status is not None and 400 <= status < 500 and status != 429
             if refused or attempt == ATTEMPTS - 1:

@@ -2,12 +2,15 @@
 
 `path` is the folder the authors' archives unpack to: `<set>/<set>.json` beside `<set>/images`. Instruction and images in
 their places come first; what stands behind the last image is the question. Prompts that are too long lose what stands
-between instruction and question, from its start on.
+between instruction and question, from its start on. Its two scores are plain means over the sets of its realistic part,
+temporal and semantic ones together, and over those of its diagnostic part (as the authors' `score.py` divides them).
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,10 +21,32 @@ from retention.tasks.benchmarks.base import Row
 from retention.tasks.benchmarks.schema import check_row
 from retention.tasks.benchmarks.sets import SetsTask
 from retention.tasks.benchmarks.wording import choice_turn, interleaved
+from retention.tasks.further import Row as Answer
+from retention.tasks.further import counted, mean_score
 from retention.types import require
 
 PLACE = r"\{((?:image|table)#\d+)\}"
 CONTAINED, SPLIT = ("MMCoQA",), ("TextNeedleInAHaystack", "ImageNeedleInAHaystack")
+
+TEMPORAL = [
+    "ActionLocalization", "ActionPrediction", "ActionSequence", "CharacterOrder",
+    "CounterfactualInference", "EgocentricNavigation", "MovingAttribute", "MovingDirection",
+    "ObjectExistence", "ObjectInteraction", "ObjectShuffle", "SceneTransition",
+    "StateChange",
+]  # fmt: skip
+SEMANTIC = [
+    "ALFRED", "CLEVR-Change", "DocVQA", "IEdit",
+    "MMCoQA", "MultiModalQA", "nuscenes", "OCR-VQA",
+    "SlideVQA", "Spot-the-Diff", "TQA", "WebQA",
+    "WikiVQA",
+]  # fmt: skip
+PARTS = {
+    "realistic": [*TEMPORAL, *SEMANTIC],
+    "temporal": TEMPORAL,
+    "semantic": SEMANTIC,
+    "diagnostic": [*SPLIT, "GPR1200"],
+}
+"""Sets that are averaged together."""
 
 
 @dataclass
@@ -65,6 +90,16 @@ class MileBench(SetsTask):
     def known(self) -> Sequence[str]:
         """The sets that lie in the local folder."""
         return sorted(file.stem for file in Path(self.path).glob("*/*.json") if file.stem == file.parent.name)
+
+    @classmethod
+    def further(cls, rows: Sequence[Answer]) -> dict[str, float]:
+        """The plain mean over the sets of each part, where all of them were evaluated."""
+        own: dict[str, list[Answer]] = defaultdict(list)
+        for row in counted(rows):
+            own[row["groups"].get("set", "")].append(row)
+        scores = {name: mean_score(answers) for name, answers in own.items()}
+        whole = {part: names for part, names in PARTS.items() if scores.keys() >= set(names)}
+        return super().further(rows) | {part: fmean(scores[name] for name in names) for part, names in whole.items()}
 
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Instruction, context with its images, then what follows them with the options."""

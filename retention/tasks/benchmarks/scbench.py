@@ -17,6 +17,8 @@ from retention.tasks.benchmarks.base import Row
 from retention.tasks.benchmarks.schema import check_row
 from retention.tasks.benchmarks.sets import SetsTask
 from retention.tasks.benchmarks.wording import choice_turn
+from retention.tasks.further import Row as Answer
+from retention.tasks.further import counted, mean_score
 from retention.types import require
 
 MODES = ("multi_turn", "same_context")
@@ -48,7 +50,11 @@ SETS: dict[str, tuple[int, str, str, str]] = {
 """Most new tokens, scorer, what stands before the context, and a question; sets of two tasks name each turn's."""
 PART = "scbench_passkey"
 """Comes within summary_with_needles alone."""
-_MIXED = {("scbench_repoqa_and_kv", "scbench_kv"): 80, ("scbench_summary_with_needles", "scbench_summary"): 800}
+MIXED = {
+    "scbench_repoqa_and_kv": {"scbench_repoqa": 1024, "scbench_kv": 80},
+    "scbench_summary_with_needles": {"scbench_summary": 800, PART: 15},
+}
+"""Sets of two tasks, with the most new tokens of each there."""
 
 
 @dataclass
@@ -81,6 +87,16 @@ class SCBench(SetsTask):
         """The twelve sets."""
         return [name for name in SETS if name != PART]
 
+    @classmethod
+    def further(cls, rows: Sequence[Answer]) -> dict[str, float]:
+        """The score of each of the two tasks of a mixed set, told apart by their scorers."""
+        told: dict[str, float] = {}
+        for mixed, parts in MIXED.items():
+            for part in parts:
+                own = [x for x in counted(rows) if (x["groups"].get("set"), x["scorer"]) == (mixed, SETS[part][1])]
+                told |= {f"{part} in {mixed}".replace("scbench_", ""): mean_score(own)} if own else {}
+        return super().further(rows) | told
+
     def build(self, row: Row, rng: np.random.Generator) -> Example:
         """Instruction and context, then the questions."""
         turns = [self._turn(asked, row["multi_turns"]) for asked in row["multi_turns"]]
@@ -102,7 +118,7 @@ class SCBench(SetsTask):
         own = str(asked.get("task") or subset)
         own = own if own in SETS else subset
         new, scorer, _, question = SETS[own]
-        new = _MIXED.get((subset, own), new)
+        new = MIXED.get(subset, {}).get(own, new)
         text, told = question.replace("{input}", asked["input"]), asked["answer"]
         if scorer == "choice_letter":
             return choice_turn(text, asked["options"], told, new=new)

@@ -1,7 +1,6 @@
 """RULER as a task: one of its thirteen kinds, filled up to a length in tokens."""
 
 import copy
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +15,7 @@ from retention.tasks.ruler.facts import QA
 from retention.tasks.ruler.frequency import common_words, frequent_words
 from retention.tasks.ruler.niah import NIAH
 from retention.tasks.ruler.variables import tracked
+from retention.tasks.words import words_of
 
 KINDS: dict[str, Callable[[Draw], Draft]] = {
     **NIAH,
@@ -26,12 +26,6 @@ KINDS: dict[str, Callable[[Draw], Draft]] = {
 }
 SYMBOLIC = [name for name, kind in NIAH.items() if kind.asked == kind.values == 1]
 """Kinds that the embedded model's words can ask and answer."""
-
-
-def words_of(example: Example) -> int:
-    """Words and punctuation marks of a context and its first question: its length where no tokenizer is at hand."""
-    texts = [*(segment.payload for segment in example.segments), example.turns[0].question]
-    return sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in texts)
 
 
 @dataclass

@@ -8,17 +8,32 @@ from retention.tasks.scorers.text import norm
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(i) for i, word in enumerate(_WORDS)} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
-_PUNCTUATION = r";/\[\]\"{}()=+\\_\-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_CONTRACTION = re.compile(
+    r"\w+n't|\w+'(?:ve|ll|re|d)|(?:he|she|that|there|what|when|where|who|why|how|let|(?:some|every|no)(?:body|one|thing))'s"
+)
+_OTHER_WORDS = ("hell", "id", "ill", "shed", "shell", "wed", "well", "were")
+"""What contractions become without their apostrophe and mean something else."""
 
 
 def vqa_norm(text: str) -> str:
-    """As the VQA evaluation does: no articles and punctuation, numerals for number words, contractions as one word."""
+    """As the VQA evaluation does: no articles and punctuation, numerals for number words, contractions as one word.
+
+    A punctuation mark goes wherever it stands if it stands beside a space anywhere, or if the text has a comma between
+    digits; else it becomes a space. Full stops go unless a digit follows.
+    """
     text = text.replace("\n", " ").replace("\t", " ").strip().lower()
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
-    text = re.sub(rf"(?<=\s)[{_PUNCTUATION}]|[{_PUNCTUATION}](?=\s|$)|^[{_PUNCTUATION}]", "", text)
-    text = re.sub(rf"[{_PUNCTUATION}]", " ", text)
-    text = re.sub(r"\.(?!\d)", "", text).replace("'", "")
-    return " ".join(_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
+    told, joined = text, re.search(r"\d,\d", text) is not None
+    for mark in _PUNCTUATION:
+        text = text.replace(mark, "" if joined or f"{mark} " in told or f" {mark}" in told else " ")
+    words = re.sub(r"\.(?!\d)", "", text).split()
+    return " ".join(_NUMBERS.get(word, _bare(word)) for word in words if word not in _ARTICLES)
+
+
+def _bare(word: str) -> str:
+    """A contraction without its apostrophe; other words as they are."""
+    bare = word.replace("'", "")
+    return bare if _CONTRACTION.fullmatch(word) and bare not in _OTHER_WORDS else word
 
 
 def vqa_soft(prediction: str, answers: Sequence[str]) -> float:
