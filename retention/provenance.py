@@ -1,11 +1,17 @@
 """Where a result comes from: versions, git state and hardware, without host names or paths."""
 
+import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-PACKAGES = ("retention", "torch", "transformers", "lightning", "hydra-core", "numpy", "huggingface_hub")
+PACKAGES = ("retention", "torch", "transformers", "lightning", "hydra-core", "numpy", "huggingface_hub", "datasets")
+
+_ABSOLUTE = re.compile(r"""(?<![^\s=,'"\[({])/[^\s,'"\])}]+""")
+"""A path from the root, at the start of a text or behind what separates values."""
 
 
 def package_versions() -> dict[str, str]:
@@ -45,6 +51,26 @@ def hardware() -> dict[str, str]:
         "cuda": cuda,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def without_paths(told: Any) -> Any:
+    """The same settings or record, absolute paths in its texts made relative to the working folder.
+
+    What lies outside of it keeps its last name alone: `.../gates`.
+    """
+    match told:
+        case dict():
+            return {name: without_paths(value) for name, value in told.items()}
+        case list() | tuple():
+            return [without_paths(value) for value in told]
+        case str():
+            return _ABSOLUTE.sub(lambda found: _relative(found.group()), told)
+    return told
+
+
+def _relative(path: str) -> str:
+    inside = os.path.relpath(path)
+    return f".../{Path(path).name}" if inside.startswith("..") else inside
 
 
 def _cpu_name() -> str:

@@ -288,8 +288,8 @@ def draw(found: Found, out: Path) -> list[str]:
     shown = [*learned, *sorted(others, key=lambda n: -level(n, "aware"))[:LINES]]
     rows = [r for r in found.summary if r["task"] == "needles" and r["protocol"].startswith("aware")]
     drawn.append(plots.deferred_curve(rows, out / "policies_by_turn.png", "needles", budget="5%", policies=shown).name)
-    for file in out.glob("policies_*.csv"):
-        file.unlink()  # policies.csv has all of it
+    for file in (*out.glob("policies_*.csv"), *out.glob("policies_*.svg")):
+        file.unlink()  # policies.csv has all of it, and pages show the PNG
     return drawn
 
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import logging
+import re
+import sys
 
 import pytest
 import torch
@@ -99,6 +101,10 @@ def test_pictures_report_and_manifest_are_written(evaluated):
         "depth",
         "survival",
         "survival_kinds",
+        "allocation",
+        "distance",
+        "recall",
+        "bytes",
         "places",
         "half_lives",
         "patches",
@@ -114,6 +120,17 @@ def test_pictures_report_and_manifest_are_written(evaluated):
         assert (folder / name).stat().st_size > 100
     manifest = (folder / "manifest.json").read_text()
     assert {"config", "versions", "hardware", "command", "caveats"} <= set(json.loads(manifest))
+    assert json.loads(manifest)["command"].startswith("python eval.py gates=.../gates 'policies=[db_trim_kv,")
+    assert not re.search(r"""["\s=,']/\w""", manifest)  # no path from the root
+    assert json.loads(manifest)["over_budget"] == 0
+
+
+def without_times(folder):
+    """What a run's summary says, but for how long its answers took."""
+    told = json.loads((folder / "summary.json").read_text())
+    for row in told["rows"]:
+        assert row.pop("ms_prefill") > 0 < row.pop("ms_decode_per_token")
+    return told
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(evaluated):
@@ -121,11 +138,11 @@ def test_a_stopped_evaluation_goes_on_where_it_was(evaluated):
     from retention.evaluation.run import run
 
     folder, overrides = evaluated
-    before = json.loads((folder / "summary.json").read_text())
+    before = without_times(folder)
     rows = (folder / "examples.jsonl").read_text().splitlines(keepends=True)
     (folder / "examples.jsonl").write_text("".join(rows[: len(rows) // 2]) + rows[-1][:40])
     run(compose("eval", [*overrides, f"output_dir={folder}"]))
-    assert json.loads((folder / "summary.json").read_text()) == before
+    assert without_times(folder) == before
     manifest = json.loads((folder / "manifest.json").read_text())
     assert 0 < manifest["rows_reused"] < len(rows)
 

@@ -67,7 +67,8 @@ class EvalConfig:
     """Contexts evaluated together."""
     teacher: bool = False
     """Hold every answer against the full cache on the reference answer (KL, top-1 agreement, missing mass): a forward per
-    turn more for every arm, and the full cache's attention rows and logits in memory."""
+    turn more for every arm, and the full cache's attention rows and logits in memory. Where the budget holds while answers
+    are written, on the full cache's own greedy answer (KL and agreement alone): every arm reads it token by token."""
     quota_examples: int = 32
     """Validation contexts that the quotas are measured on."""
     seed: int = 0

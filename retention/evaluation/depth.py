@@ -1,4 +1,4 @@
-"""Accuracy by where the evidence lies in its context, and by how far it lies from its question."""
+"""Accuracy by where the evidence lies in its context, and by how far it lies before the end of it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def by_depth(rows: Iterable[Row], *, bins: int = BINS, resamples: int = 2000) ->
 
 
 def by_distance(rows: Iterable[Row], *, resamples: int = 500) -> list[Row]:
-    """The same by octave of the distance: `distance` 64 are those whose evidence lies 64 to 127 positions back."""
+    """The same by octave of the distance: `distance` 64 is evidence 64 to 127 positions before its context ends."""
 
     def part(row: Row) -> int | None:
         return None if row.get("distance") is None else int(np.log2(max(row["distance"], 1)))

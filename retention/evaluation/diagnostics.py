@@ -55,7 +55,8 @@ class Diagnostics:
     def note(self, task: str, arm: Arm, cache: EvictingCache, batch: Rendered) -> None:
         """What an arm's cache holds of a batch, right after the eviction of the contexts."""
         kept, seen, held = survival(cache, batch)
-        Look(task, arm.name, arm.scope, str(arm.protocol), arm.budget, kept, seen, held).save(self.folder)
+        told = (task, arm.name, arm.scope, str(arm.protocol), arm.budget)
+        Look(*told, kept, seen, held, len(batch.lengths)).save(self.folder)
 
     def note_missing(self, task: str, arm: Arm, missing: Missing | None) -> None:
         """The full attention on what an arm evicted, by layer, head and modality, where it was measured."""

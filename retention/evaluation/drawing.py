@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -22,12 +23,15 @@ LABEL_SHARE = 0.42
 
 
 def save(figure: Figure, path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> Path:
-    """Write the figure and, beside it, its numbers."""
+    """Write the figure as the named PNG and, beside it, as SVG for print, and its numbers."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     figure.savefig(path, dpi=150, facecolor="white")
+    figure.set_layout_engine("none")  # it is laid out by now; once more would take as long as drawing it
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
     return path
 
 

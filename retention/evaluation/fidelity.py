@@ -21,6 +21,7 @@ from retention.attach.plain import AttentionCall
 from retention.cache.evicting import EvictingCache
 from retention.data.collate import left_pad
 from retention.data.render import Rendered
+from retention.evaluation.holding import visual_positions
 from retention.models.family import decoder_of
 from retention.ops.observe import attention_rows
 
@@ -69,10 +70,9 @@ class Teacher:
     def of(cls, model: "PreTrainedModel", full: EvictingCache, batch: Rendered, pad: int) -> "Teacher":
         """Let a full cache that has read the contexts read their turns, inside the block it comes from."""
         turns = []
-        for turn, asked, logits, rows in _read(model, full, batch, pad, listening=True):
+        for _, asked, logits, rows in _read(model, full, batch, pad, listening=True):
             laid = [_by_position(layer, asked, number) for number, layer in enumerate(rows)]
             turns.append(Taught(logits, torch.stack(laid)))
-            assert turn == len(turns) - 1
         return cls(model, batch, pad, turns)
 
     def judge(self, cache: EvictingCache) -> tuple[list[list[Row]], Missing | None]:
@@ -80,7 +80,7 @@ class Teacher:
 
         `cache` holds what an arm kept of the contexts; it stays as it is. Turns without a score or an answer tell nothing.
         """
-        table, visual, seen = cache.kept_table(), _visual(cache), cache.seen().tolist()
+        table, visual, seen = cache.kept_table(), visual_positions(cache), cache.seen().tolist()
         found: list[list[Row]] = [[] for _ in self.batch.examples]
         shares = []
         for turn, _, logits, _ in _read(self.model, cache, self.batch, self.pad, listening=False):
@@ -144,14 +144,6 @@ def _told(share: Float[Tensor, "layers heads tokens 2"]) -> Row:
     kinds = {"text": share[..., 0].mean(), "image": share[..., 1].mean()}
     told: Row = {name: round(float(value), 6) for name, value in (spread | kinds).items()}
     return told | {"by_layer": [round(float(value), 6) for value in whole.mean((1, 2))]}
-
-
-def _visual(cache: EvictingCache) -> Bool[Tensor, "batch positions"]:
-    """Which positions of each row are visual tokens, padding left out."""
-    tokens = cache.tokens
-    laid = torch.zeros(len(tokens.valid), len(tokens) + 1, dtype=torch.bool, device=tokens.valid.device)
-    place = torch.where(tokens.valid, tokens.valid.long().cumsum(1) - 1, len(tokens))
-    return laid.scatter(1, place, tokens.visual)[:, :-1]
 
 
 def _read(

@@ -27,6 +27,8 @@ class Look:
     seen: Int64[np.ndarray, "places 2"]
     held: list[UInt16[np.ndarray, " _"]] = field(default_factory=list)
     """For each shown context, how many (layer, head) hold each token."""
+    contexts: int | None = None
+    """How many were looked at; None in what older runs left."""
 
     @property
     def cells(self) -> int:
@@ -36,7 +38,7 @@ class Look:
     def save(self, folder: Path) -> Path:
         """Write into the task's folder."""
         file = self.file(folder, self.task, self.protocol, self.policy, self.scope, self.budget)
-        about = {name: getattr(self, name) for name in ("task", "policy", "scope", "protocol", "budget")}
+        about = {name: getattr(self, name) for name in ("task", "policy", "scope", "protocol", "budget", "contexts")}
         held = {f"held_{i}": counts for i, counts in enumerate(self.held)}
         return _write(file, about, {"kept": self.kept, "seen": self.seen} | held)
 

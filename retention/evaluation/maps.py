@@ -30,19 +30,38 @@ def shares_by_kind(looks: Sequence[Look]) -> dict[str, NDArray]:
     }
 
 
-def _cells(ax: Axes, values: NDArray, top: float) -> None:
+def entries(looks: Sequence[Look]) -> dict[str, NDArray]:
+    """Kept entries of a context [layers, heads] by policy, of looks that say how many contexts they are of."""
+    return {shown(look.policy): look.kept.sum((2, 3)) / look.contexts for look in looks if look.contexts}
+
+
+def _cells(ax: Axes, values: NDArray, top: float, scale: float) -> None:
     """Print each value [layers, heads] in its cell, where the cells are few enough to read."""
     if values.size > 80:
         return
     for (layer, head), value in np.ndenumerate(values):
         colour = "white" if value < 0.6 * top else "black"
-        text = f"{100 * value:.0f}"
+        text = f"{scale * value:.0f}"
         ax.text(head, layer, text, ha="center", va="center", color=colour, fontsize=9)
 
 
 def survival_heatmap(survival: Mapping[str, NDArray], path: Path) -> Path:
     """Kept fraction by layer and head, a panel per name of survival; each is [layers, heads]."""
-    named = {name: np.asarray(values, dtype=float) for name, values in survival.items()}
+    return _heatmap(survival, path, "kept_fraction", "kept part (%)", 100)
+
+
+def allocation_heatmap(allocation: Mapping[str, NDArray], path: Path) -> Path:
+    """Kept entries by layer and head, a panel per name of allocation; each is [layers, heads]."""
+    return _heatmap(allocation, path, "entries", "entries per context", 1)
+
+
+def _heatmap(found: Mapping[str, NDArray], path: Path, column: str, unit: str, scale: float) -> Path:
+    """Arrays [layers, heads] side by side on one colour scale, their values times `scale` printed and at the bar.
+
+    Raises:
+        ValueError: for no arrays, or others.
+    """
+    named = {name: np.asarray(values, dtype=float) for name, values in found.items()}
     if not named or any(values.ndim != 2 for values in named.values()):
         raise ValueError("expected arrays [layers, heads] by name, got none or another shape")
     columns = min(4, len(named))
@@ -59,14 +78,14 @@ def survival_heatmap(survival: Mapping[str, NDArray], path: Path) -> Path:
         ax.grid(visible=False)
         ax.set_xticks(range(0, values.shape[1], 1 + values.shape[1] // 12))
         ax.set_yticks(range(0, values.shape[0], 1 + values.shape[0] // 12))
-        _cells(ax, values, top)
+        _cells(ax, values, top, scale)
     for ax in axes[len(named) :]:
         ax.set_axis_off()
     bar = figure.colorbar(image, ax=list(axes), aspect=22 * rows, fraction=0.03)
-    bar.set_label("kept part (%)", fontsize=11)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+    bar.set_label(unit, fontsize=11)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{scale * value:g}")
     numbers = ([name, *at, v] for name, values in named.items() for at, v in np.ndenumerate(values))
-    return save(figure, path, ("name", "layer", "head", "kept_fraction"), numbers)
+    return save(figure, path, ("name", "layer", "head", column), numbers)
 
 
 def place_curve(looks: Sequence[Look], path: Path) -> Path:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from retention.evaluation.equality import shown
 from retention.evaluation.tables import (
+    above_chance_text,
     against_text,
     difference_text,
     interval_text,
@@ -26,5 +27,6 @@ def template(name: str) -> "Template":
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     page.filters |= {"percent": percent_text, "bytes": size_text, "score": score_text, "ratio": ratio_text}
     page.filters |= {"shown": shown, "difference": difference_text, "against": against_text}
+    page.filters["above_chance"] = above_chance_text
     page.filters["interval"] = lambda row: interval_text(row["ci_low"], row["ci_high"])
     return page.get_template(name)

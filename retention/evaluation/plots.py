@@ -142,7 +142,7 @@ def depth_curve(depths: Sequence[Row], path: Path, task: str, *, budget: str, pr
 
 
 def distance_curve(distances: Sequence[Row], path: Path, task: str, *, budget: str, protocol: str) -> Path:
-    """Accuracy by how far the evidence lies from its question at one budget, from rows of `by_distance`."""
+    """Accuracy by how far the evidence lies before the end of its context at one budget, from rows of `by_distance`."""
     return _by_place(distances, path, (task, budget, protocol), "distance")
 
 
@@ -159,7 +159,7 @@ def _by_place(found: Sequence[Row], path: Path, wanted: tuple[str, str, str], by
     ax, ends, factor = figure.subplots(), [], 100 if by == "depth" else 1
     named = {
         "depth": "place of the evidence in the context (%)",
-        "distance": "positions from the evidence to its question",
+        "distance": "positions from the evidence to the end of its context",
     }
     frame(ax, f"{task}, budget {budget}", named[by], "accuracy")
     plain = {"color": "#333333", "linestyle": "--", "linewidth": 1.4, "marker": ".", "zorder": 2}

@@ -22,7 +22,10 @@ PICTURES = {
     "deferred": "Accuracy by turn at one budget. The cache is evicted once, before the later "
     "questions are known, so what they ask for must have been kept on its own merit.",
     "depth": "Accuracy by the place of the evidence in the context at one budget, from the first token to the last.",
-    "distance": "Accuracy by how many positions lie between the evidence and its question, at one budget.",
+    "distance": "Accuracy by how many positions lie between the evidence and the end of its context, where the first question "
+    "stands, at one budget.",
+    "recall": "Evidence that is still held, over the part of the cache that is kept, beside the accuracy: `any` is the share "
+    "that some layer and head holds, `weighted` the share by the full cache's attention on it.",
     "bytes": "What the cache of a context takes at one budget, by item: bars after eviction, marks at the peak.",
     "latency": "Time per token while answering over the length of the context, as measured in this run and in its batches: "
     "medians and quartiles.",
@@ -30,6 +33,7 @@ PICTURES = {
     "answers.",
     "survival": "What is kept of each layer and head. A global budget may give one head much and another nothing.",
     "survival_kinds": "What is kept of each layer and head, text and images apart.",
+    "allocation": "Entries that each layer and head keeps of a context, on average over the contexts looked at.",
     "places": "What is kept of each part of the context, over all layers and heads, text and images apart.",
     "half_lives": "How long the gates let tokens live: half-lives of all tokens by modality, and their median, quartiles "
     "and ends in every layer.",

@@ -11,12 +11,21 @@ from retention.evaluation.claims import compare_all
 from retention.evaluation.config import prefix_of
 from retention.evaluation.depth import by_depth, by_distance
 from retention.evaluation.equality import plain
+from retention.evaluation.evidence import recall_curves, recalled
 from retention.evaluation.exports import table_latex, write_csv
 from retention.evaluation.further import further_rows
 from retention.evaluation.groups import by_group
 from retention.evaluation.kept_images import drawable, kept_images
 from retention.evaluation.looks import Look, load_lives, load_looks, load_shown
-from retention.evaluation.maps import half_life_histogram, place_curve, shares, shares_by_kind, survival_heatmap
+from retention.evaluation.maps import (
+    allocation_heatmap,
+    entries,
+    half_life_histogram,
+    place_curve,
+    shares,
+    shares_by_kind,
+    survival_heatmap,
+)
 from retention.evaluation.pareto import pareto_curves
 from retention.evaluation.protocol import Protocol
 from retention.evaluation.statistics import summarise
@@ -68,12 +77,23 @@ def write_results(folder: Path, rows: Sequence[Row], manifests: Mapping[str, Row
     pictures = [plots.accuracy_curves(summary, folder / "curves.png", protocol=protocol)]
     pictures.append(pareto_curves(summary, folder / "pareto.png", protocol=protocol))
     pictures += _turns(summary, folder, tasks, budget)
-    pictures += _costs(rows, folder, tasks, protocol, budget)
+    at_budget = [
+        row
+        for row in rows
+        if row["protocol"] == protocol
+        and row["error"] is None
+        and (row["policy"] == "full" or row["budget"]["requested"] == budget)
+    ]
+    if len({row["seen"].bit_length() for row in at_budget if row.get("ms")}) > 1:  # contexts of several octaves
+        pictures.append(costs.latency_curve(at_budget, folder / "latency.png"))
     contexts: list[Row] = []
     for task in tasks[:PICTURED]:
         end = f"@{task}" if len(tasks) > 1 else ""
         looks = _looks(sources, task, protocol, [row["policy"] for row in summary if row["seed_accuracy"]])
         pictures += _pictures(sources, task, looks, folder, end, budget)
+        pictures += _costs([row for row in at_budget if row["task"] == task], folder, end)
+        if recalled(summary, task, protocol):
+            pictures.append(recall_curves(summary, folder / f"recall{end}.png", task, protocol=protocol))
         if any((r["task"], r["budget"], r["protocol"]) == (task, budget, protocol) for r in depths):
             told = {"budget": budget, "protocol": protocol}
             pictures.append(plots.depth_curve(depths, folder / f"depth{end}.png", task, **told))
@@ -123,6 +143,8 @@ def _pictures(
     own = [look for look in looks if look.budget == budget]
     if own:
         drawn.append(survival_heatmap(shares(own), folder / f"survival{end}.png"))
+        if held := entries(own):
+            drawn.append(allocation_heatmap(held, folder / f"allocation{end}.png"))
         drawn.append(place_curve(own, folder / f"places{end}.png"))
         if all(own[0].seen.sum(0)):
             drawn.append(survival_heatmap(shares_by_kind(own), folder / f"survival_kinds{end}.png"))
@@ -136,18 +158,13 @@ def _pictures(
     return drawn
 
 
-def _costs(rows: Sequence[Row], folder: Path, tasks: Sequence[str], protocol: str, budget: str) -> list[Path]:
-    """Bytes and missing mass of the first task at one budget, and times of all tasks, as far as rows tell them."""
-    known = [r for r in rows if r["protocol"] == protocol and r["error"] is None]
-    known = [r for r in known if r["policy"] == "full" or r["budget"]["requested"] == budget]
-    own = [r for r in known if r["task"] == tasks[0]]
+def _costs(own: Sequence[Row], folder: Path, end: str) -> list[Path]:
+    """Bytes and missing mass of one task at one budget, as far as its rows tell them."""
     drawn: list[Path] = []
     if any("items" in row["bytes"] for row in own):
-        drawn.append(costs.byte_bars(own, folder / "bytes.png"))
-    if len({row["seen"].bit_length() for row in known if row.get("ms")}) > 1:  # contexts of several octaves
-        drawn.append(costs.latency_curve(known, folder / "latency.png"))
+        drawn.append(costs.byte_bars(own, folder / f"bytes{end}.png"))
     if any(row.get("missing_mass") for row in own if row["policy"] != "full"):
-        drawn.append(costs.missing_boxes(own, folder / "missing_mass.png"))
+        drawn.append(costs.missing_boxes(own, folder / f"missing_mass{end}.png"))
     return drawn
 
 

@@ -2,7 +2,6 @@
 
 import glob
 import json
-import os
 import shlex
 import sys
 import time
@@ -30,7 +29,7 @@ from retention.gates import RetentionGates
 from retention.models import family_of
 from retention.models.family import decoder_device
 from retention.models.load import load_configured
-from retention.provenance import hardware, package_versions
+from retention.provenance import hardware, package_versions, without_paths
 
 _GROWING = ("tasks", "policies", "budgets", "protocols", "output_dir", "gates", "experiment", "batch_size", "report")
 CAVEATS = [
@@ -134,13 +133,11 @@ def _write(folder: Path, config: EvalConfig, session: Session, started: float) -
 def _manifest(config: EvalConfig, session: Session, started: float) -> dict[str, Any]:
     """Everything a stranger needs to judge and repeat the run; no host, user or absolute path."""
     settings = asdict(config)
-    settings["gates"] = None if config.gates is None else ",".join(os.path.relpath(g) for g in config.gates.split(","))
-    for told in settings["task"].values():
-        told.get("judge", {}).update(base_url=None)  # names a host
+    for task in settings["task"].values():
+        task.get("judge", {}).update(base_url=None)  # names a host
     drawn = config.seed, config.split, config.examples
-    settings["output_dir"] = os.path.relpath(config.output_dir)
     cards = [s.gates.card_config() | {"versions": None} for s in session.sets if s.gates is not None]
-    return {
+    told: dict[str, Any] = {
         "run": Path(config.output_dir).name,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": settings,
@@ -165,3 +162,4 @@ def _manifest(config: EvalConfig, session: Session, started: float) -> dict[str,
         "rows_reused": session.store.reused,
         "caveats": CAVEATS,
     }
+    return without_paths(told)

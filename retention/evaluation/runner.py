@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,11 @@ from retention.data.example import Example
 from retention.data.render import Rendered, Renderer
 from retention.evaluation.arms import Arm
 from retention.evaluation.batches import batches_of
+from retention.evaluation.checks import check_kept
 from retention.evaluation.fidelity import UNKNOWN, Missing, Teacher
+from retention.evaluation.holding import depth, distance, evidence_recall, kept_by, visual_positions
 from retention.evaluation.protocol import Protocol
+from retention.evaluation.written import Written, until
 from retention.gates import RetentionGates
 from retention.policies import POLICIES
 from retention.policies.collect import Foresight
@@ -50,7 +53,8 @@ class Runner:
     renderer: Renderer
     style: str
     teacher: bool = False
-    """Whether rows are held against the full cache on the reference answers (`fidelity`)."""
+    """Whether rows are held against the full cache on the reference answers (`fidelity`), or where the budget holds while
+    answers are written on its own (`written`)."""
     missing: Missing | None = None
     """Missing mass of the arm that was run last, where it was measured."""
 
@@ -81,7 +85,7 @@ class Runner:
         protocol = arms[0].protocol
         if protocol.trigger != "after_prefill":
             teacher = None
-            if self._taught(batch):
+            if self.teacher:
                 with evicting(self.model, POLICIES["full"](), tokenizer=self.renderer.tokenizer) as source:
                     self._prefill(source, batch, protocol)
                     teacher = self._teacher(source, batch)
@@ -96,19 +100,16 @@ class Runner:
             started = time.perf_counter()
             self._prefill(source, batch, protocol)
             spent = time.perf_counter() - started
-            teacher = self._teacher(source, batch) if self._taught(batch) else None
+            teacher = self._teacher(source, batch) if self.teacher else None
             for arm in arms:
                 fork = source.fork(arm.policy, arm.cache)
                 yield arm, *self._answer(arm, fork, batch, teacher, prefilled=True, spent=spent)
 
-    def _taught(self, batch: Rendered) -> bool:
-        """Whether fidelity is measured; not where the budget holds while answers are written, which no reference has."""
-        return self.teacher and not batch.examples[0].evicts_answers
-
-    def _teacher(self, source: EvictingCache, batch: Rendered) -> Teacher:
+    def _teacher(self, source: EvictingCache, batch: Rendered) -> Teacher | Written:
         full = source.fork(POLICIES["full"](), CacheConfig())
         read_on(self.model, full, batch)
-        return Teacher.of(self.model, full, batch, self.renderer.pad)
+        kind = Written if batch.examples[0].evicts_answers else Teacher
+        return kind.of(self.model, full, batch, self.renderer.pad)
 
     def _open(self, arm: Arm, gates: RetentionGates | None) -> Any:
         own, tokenizer = gates if arm.needs_gates else None, self.renderer.tokenizer
@@ -122,12 +123,13 @@ class Runner:
         arm: Arm,
         cache: EvictingCache,
         batch: Rendered,
-        teacher: Teacher | None,
+        teacher: Teacher | Written | None,
         *,
         prefilled: bool,
         spent: float = 0.0,
     ) -> tuple[EvictingCache, list[Row]]:
         """`spent` are the seconds of a prefill that arms share."""
+        whole = cache.bytes().logical_total if prefilled and batch.later is None else None
         started = time.perf_counter()
         _check_decoding(arm, batch.examples[0])
         if arm.policy.needs_evidence:
@@ -142,9 +144,12 @@ class Runner:
         after, read = cache.fork(), time.perf_counter()
         tokens = answer_turns(self.model, cache, batch, pad=self.renderer.pad)
         ended, count = time.perf_counter(), len(batch.examples)
+        check_kept(arm.name, after, batch.examples)
+        if batch.examples[0].evicts_answers and not arm.policy.steps:  # these may hold a growing part of each head
+            check_kept(arm.name, cache, batch.examples, newer=arm.cache.evict_every or 0)
         written = sum(max(map(len, turn)) for turn in zip(*tokens, strict=True))
         ms = {"prefill": 1e3 * (spent + read - started) / count, "decode_per_token": 1e3 * (ended - read) / written}
-        rows = self._rows(arm, after, batch, tokens, (ended - started) / count)
+        rows = self._rows(arm, after, batch, tokens, (ended - started) / count, whole)
         told, self.missing = ([], None) if teacher is None else teacher.judge(after)
         for row, found in zip(rows, [found for own in told for found in own] or [UNKNOWN] * len(rows), strict=True):
             row["evidence_recall"]["weighted"] = found.get("weighted")
@@ -159,8 +164,11 @@ class Runner:
         batch: Rendered,
         tokens: list[list[list[int]]],
         seconds: float,
+        whole: int | None,
     ) -> list[Row]:
+        """`whole` are the logical bytes before the only eviction, the most there were at once; None where not known."""
         kept, seen, table = cache.kept().sum((0, 2)).tolist(), cache.seen().tolist(), cache.kept_table()
+        parts, settings = kept_by(table, visual_positions(cache)), asdict(arm.policy)
         heads = cache.shape.num_layers * cache.shape.num_kv_heads
         ledger, count = cache.bytes(), len(batch.examples)
         full = cache.entry_bytes * heads
@@ -174,11 +182,15 @@ class Runner:
                 rows.append(
                     {
                         "policy": arm.name,
+                        "policy_args": settings,
                         "scope": arm.scope,
                         "protocol": str(arm.protocol),
+                        "axes": axes(arm, example),
                         "positions": arm.protocol.positions,
                         "budget": {"requested": arm.budget, "resolved": budgets[i], "fraction": budgets[i] / seen[i]},
                         "example_id": example.id,
+                        "variant": example.meta.get("variant"),
+                        "tier": example.meta.get("tier"),
                         "turn": turn,
                         "n_turns": example.n_turns,
                         "cluster": example.meta.get("cluster", example.id),
@@ -196,6 +208,7 @@ class Runner:
                         "cut_off": not ends or written[-1] not in ends,
                         "chance": example.meta["chance"],
                         "kept": kept[i],
+                        "kept_by": parts[i],
                         "seen": seen[i],
                         "entries_full": seen[i] * heads,
                         "evidence_recall": evidence_recall(table[:, i], batch.evidence[i][turn]),
@@ -206,6 +219,7 @@ class Runner:
                             "kept": ledger.total // count,
                             "kept_logical": ledger.logical_total // count,
                             "peak": ledger.peak // count,
+                            "peak_logical": None if whole is None else whole // count,
                             "items": {item: n // count for item, n in ledger.physical.items() if n},
                         },
                         "seconds_per_context": round(seconds, 5),
@@ -224,16 +238,21 @@ def _check_decoding(arm: Arm, example: Example) -> None:
         )
 
 
+def axes(arm: Arm, example: Example) -> dict[str, str]:
+    """The protocol's four choices as this example has them: of turns, and whether eviction goes on while it is answered."""
+    turns = "single" if example.n_turns == 1 else "cloned" if example.independent else "multi"
+    every = 1 if arm.policy.steps else arm.cache.evict_every
+    decoding = f"+decode({every})" if example.evicts_answers and every and arm.policy.evicts else ""
+    protocol = arm.protocol
+    told = {"question": protocol.question, "turns": turns, "trigger": protocol.trigger + decoding}
+    return told | {"positions": protocol.positions}
+
+
 def _position(example: Example, turn: int) -> str:
     """Where a turn's question stands."""
     if turn and not example.independent:
         return "deferred_turn"
     return "before" if example.query_position == "before" else "after"
-
-
-def until(tokens: list[int], ends: list[int]) -> list[int]:
-    """Tokens up to the first that ends a sequence, with it."""
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens)) + 1]
 
 
 def _evidence_mask(batch: Rendered) -> Bool[Tensor, "batch positions"]:
@@ -259,23 +278,3 @@ def dialogues(batch: Rendered) -> Answers:
     padded = torch.tensor([[*row, *[(0, False)] * (longest - len(row))] for row in rows], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows])
     return Answers(padded[..., 0], torch.arange(longest) < lengths[:, None], padded[..., 1].bool())
-
-
-def depth(evidence: list[int] | None, length: int) -> float | None:
-    """Where a turn's evidence lies on average, 0 at the context's first token and near 1 at its last."""
-    return sum(evidence) / len(evidence) / length if evidence else None
-
-
-def distance(evidence: list[int] | None, seen: int, stretch: float) -> float | None:
-    """How many positions a turn's evidence lies before the end of what was read, on average, stretched as they are."""
-    return (seen - sum(evidence) / len(evidence)) * stretch if evidence else None
-
-
-def evidence_recall(
-    table: Bool[Tensor, "layers kv_heads positions"], evidence: list[int] | None
-) -> dict[str, float | None]:
-    """Share of a turn's evidence held in any layer and head, and on average over them; missing without positions."""
-    if not evidence:
-        return {"any": None, "mean": None}
-    held = table[..., torch.tensor(evidence)]
-    return {"any": float(held.any(0).any(0).float().mean()), "mean": float(held.float().mean())}

@@ -1,6 +1,7 @@
 """One run's loop over tasks, gate sets, protocols and batches."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -97,8 +98,9 @@ class Session:
                 look.note_missing(task, arm, self.runner.missing)
             if not stored(arm):
                 seed = gate_set.seed if arm.needs_gates else None
+                run = {"run_id": Path(self.config.output_dir).name}
                 known = {"task": task, "split": self.config.split, "seed_data": self.config.seed, "seed_train": seed}
-                self.store.add(self.config.task[task].judged([known | row for row in rows]))
+                self.store.add(self.config.task[task].judged([run | known | row for row in rows]))
         if look is not None:
             look.note_contexts(task, batch, gate_set.gates)
 

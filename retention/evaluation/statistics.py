@@ -242,7 +242,14 @@ def _membership(answers: dict[tuple, Row]) -> Values | None:
     return _members([known[context] for context in contexts])
 
 
-def _accuracies(cube: Values, full: Values, resamples: int, member: Values | None) -> Row:
+def _above_chance(accuracy: float | None, full: float | None, chance: float | None) -> float | None:
+    """Share of the full cache's answers beyond guessing; missing where these do not get half the way from chance to 1."""
+    if accuracy is None or full is None or chance is None or not full >= (1 + chance) / 2 > chance:
+        return None
+    return (accuracy - chance) / (full - chance)
+
+
+def _accuracies(cube: Values, full: Values, chance: float | None, resamples: int, member: Values | None) -> Row:
     """Accuracy, its turns and its comparison with the full cache, each with an interval."""
     own, unpaired = _over_turns(cube), (np.isfinite(cube) & ~np.isfinite(full)).any(axis=0)
     ref = np.where(unpaired, np.nan, _over_turns(full))
@@ -250,11 +257,15 @@ def _accuracies(cube: Values, full: Values, resamples: int, member: Values | Non
     stack = np.stack([own, paired, ref, paired - ref, _over_turns(cube[1:]), *cube])
     mean, draws = [_mean(matrix.flat) for matrix in stack], _resampled(stack, resamples, 0, member)
     turns = [_bounds("turn", turn) for turn in draws[5:]]
+    above = _above_chance(mean[1], mean[2], chance)
+    floor = np.nan if above is None or chance is None else chance
     return {
         **{"accuracy": mean[0], "full_accuracy": mean[2], "diff_full": mean[3]},
         "retention": mean[1] / mean[2] if mean[1] is not None and mean[2] else None,
         **_bounds("ci", draws[0]),
         **_bounds("retention", _ratio(draws[1], draws[2])),
+        "retention_above_chance": above,
+        **_bounds("retention_above_chance", _ratio(draws[1] - floor, draws[2] - floor)),
         **_bounds("diff_full", draws[3]),
         **{"accuracy_first_turn": mean[5], "accuracy_later_turns": mean[4]},
         **_bounds("later_turns", draws[4]),
@@ -301,7 +312,8 @@ def _summary_row(answers: dict[tuple, Row], full: dict, resamples: int) -> Row:
     by_seed = {str(s): _mean(own) for s, own in zip(trained, _over_turns(cube), strict=False)}
     known = [accuracy for accuracy in by_seed.values() if accuracy is not None]
     row |= {"seed_spread": max(known) - min(known) if len(known) > 1 else None}
-    return row | {"seed_accuracy": by_seed} | _accuracies(cube, pair, resamples, _membership(answers))
+    found = _accuracies(cube, pair, row["chance"], resamples, _membership(answers))
+    return row | {"seed_accuracy": by_seed} | found
 
 
 def _keyed(rows: Iterable[Row], allowed: int) -> Iterable[tuple[tuple, Row]]:

@@ -6,6 +6,7 @@ from typing import Any
 from retention.evaluation.equality import FLOOR, plain, shown, unequal_note
 
 Row = dict[str, Any]
+NOT_LEARNT = "n/l: the full cache does not get half the way from chance to 1, so shares of it say little."
 WITHOUT_FLOOR = "random+protect was not run here, so nothing in this table is held against chance eviction."
 
 
@@ -22,6 +23,12 @@ def interval_text(low: float | None, high: float | None) -> str:
 def percent_text(value: float | None) -> str:
     """A share as whole percent."""
     return "n/a" if value is None else f"{100 * value:.0f}%"
+
+
+def above_chance_text(row: Row) -> str:
+    """Retention above chance as whole percent; n/l where the full cache has not learnt the task well enough to tell."""
+    known = row["full_accuracy"] is not None and row["chance"] is not None
+    return "n/l" if known and row["retention_above_chance"] is None else percent_text(row["retention_above_chance"])
 
 
 def ratio_text(value: float | None) -> str:
@@ -98,12 +105,17 @@ def sections(summary: Sequence[Row]) -> Iterator[Row]:
             line["learned"] = bool(row["seed_accuracy"])
             line["cells"][row["budget"]] = row
         floored = not below or any(plain(row["policy"]) == FLOOR for row in below)
+        unlearnt = any(above_chance_text(row) == "n/l" for row in below)
+        notes = (
+            None if floored else WITHOUT_FLOOR,
+            NOT_LEARNT if unlearnt else None,
+            mixed_note(rows),
+            unequal_note(rows),
+        )
         yield {
             **{"task": task, "protocol": protocol, "reference": _reference(rows), "budgets": budgets},
             **{"lines": list(lines.values()), "rows": rows},
-            "notes": [
-                note for note in (None if floored else WITHOUT_FLOOR, mixed_note(rows), unequal_note(rows)) if note
-            ],
+            "notes": [note for note in notes if note],
         }
 
 
@@ -134,7 +146,8 @@ def _markdown_cell(row: Row | None) -> str:
     if row is None:
         return ""
     sizes = f"{size_text(row['kv_bytes_kept'])}, peak {size_text(row['kv_bytes_peak'])}"
-    return f"{accuracy_text(row)}<br>{percent_text(row['retention'])} of full<br>{sizes}<br>{_equal(row)}"
+    shares = f"{percent_text(row['retention'])} of full, {above_chance_text(row)} above chance"
+    return f"{accuracy_text(row)}<br>{shares}<br>{sizes}<br>{_equal(row)}"
 
 
 def _equal(row: Row) -> str:

@@ -35,7 +35,7 @@ def two(tmp_path_factory):
 
 
 def test_a_report_is_written_anew_from_what_lies_there(one):
-    names = ("summary.json", "table.md", "report.html", "claims.csv", "patches.csv", "places.csv")
+    names = ("summary.json", "table.md", "report.html", "claims.csv", "patches.csv", "places.csv", "curves.svg")
     before = {name: (one / name).read_bytes() for name in names}
     for name in names:
         (one / name).unlink()
@@ -44,6 +44,7 @@ def test_a_report_is_written_anew_from_what_lies_there(one):
     assert [row["policy"] for row in result.summary] == ["full", "keydiff", "random"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_runs_of_the_same_settings_are_pooled(one, two, tmp_path):
     result = run(compose("eval", [f"report=['{one}','{two}']", f"output_dir={tmp_path / 'both'}"]))
     assert [row["policy"] for row in result.summary] == ["full", "keydiff", "random", "snapkv"]
@@ -55,6 +56,7 @@ def test_runs_of_the_same_settings_are_pooled(one, two, tmp_path):
         rebuild([tmp_path / "both"], tmp_path)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_policies_of_other_settings_keep_their_runs_names(two, tmp_path):
     changed = ("policy.snapkv.window_size=2", "policy.random.seed=5")
     other = evaluated(tmp_path / "three", "policies=[keydiff,snapkv]", *changed, "examples=3")

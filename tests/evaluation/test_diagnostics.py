@@ -1,5 +1,7 @@
 """What pictures and examples are drawn from: counted right, written and read back, shown in place."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from retention.evaluation.browser import EDGE, LONGEST, browse, pieces
 from retention.evaluation.diagnostics import PLACES, lives, shown_contexts, survival
 from retention.evaluation.kept_images import kept_images, picked, veiled
 from retention.evaluation.looks import BINS, Look, Shown, load_lives, load_looks, load_shown, save_shown
-from retention.evaluation.maps import half_life_histogram, place_curve, shares, shares_by_kind
+from retention.evaluation.maps import entries, half_life_histogram, place_curve, shares, shares_by_kind
 from retention.gates import RetentionGates
 from retention.gates.dbtrim import DBTrim
 from retention.models import family_of
@@ -43,7 +45,7 @@ def cache(embedded_model, batch):
 @pytest.fixture(scope="module")
 def look(cache, batch):
     kept, seen, held = survival(cache, batch)
-    return Look("needles", "streaming_llm", "per_head", "p", "20", kept, seen, held)
+    return Look("needles", "streaming_llm", "per_head", "p", "20", kept, seen, held, len(batch.lengths))
 
 
 def test_counts_are_those_of_the_cache(cache, batch, look):
@@ -65,6 +67,7 @@ def test_looks_contexts_and_lives_come_back(look, batch, embedded_model, rendere
     (read,) = load_looks(tmp_path, "needles")
     assert (read.policy, read.budget, read.scope, read.protocol) == ("streaming_llm", "20", "per_head", "p")
     assert np.array_equal(read.kept, look.kept)
+    assert read.contexts == 3
     assert all(map(np.array_equal, read.held, look.held))
     first, back = contexts[0], load_shown(tmp_path, "needles")[0]
     assert (back.id, back.tokens, back.turns) == (first.id, first.tokens, first.turns)
@@ -101,6 +104,8 @@ def test_half_lives_are_counted_by_power_of_two(batch, embedded_model, tmp_path)
 def test_pictures_are_drawn_from_looks_alone(look, batch, embedded_model, renderer, tmp_path):
     (context, _) = shown_contexts(embedded_model, renderer.tokenizer, batch)
     assert shares([look])["streaming_llm"].mean() == pytest.approx(look.kept.sum() / look.seen.sum() / look.cells)
+    assert (entries([look])["streaming_llm"] == 20).all()
+    assert entries([replace(look, contexts=None)]) == {}
     assert set(shares_by_kind([look])) == {"streaming_llm, text", "streaming_llm, image"}
     assert place_curve([look], tmp_path / "p.png").stat().st_size > 5000
     drawn = kept_images(context, [look], tmp_path / "k.png")

@@ -1,18 +1,23 @@
 """What an arm loses against the full cache on the reference answers: nothing where nothing left, else what hand-made sums say."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from retention import Budget, CacheConfig
+from retention.attach.forward import next_logits
+from retention.attach.hard import evicting
 from retention.data.render import Renderer
 from retention.evaluation.arms import Arm
 from retention.evaluation.fidelity import agreement, divergence, missing_mass, weighted_recall
 from retention.evaluation.protocol import Protocol
 from retention.evaluation.runner import Runner
+from retention.evaluation.written import Written
 from retention.models import family_of
 from retention.policies import POLICIES
+from retention.tasks.answering import prefill
 from retention.tasks.needles import Needles
 
 
@@ -29,12 +34,12 @@ def batch(runner):
     return runner.renderer.render(examples)  # of two lengths
 
 
-def run(runner, batch, protocol, *cells):
+def run(runner, batch, protocol, *cells, **cache):
+    cache |= {"chunk_by_image": protocol != "agnostic"}
     arms = [
-        Arm(name, POLICIES[name](), CacheConfig(Budget.parse(budget), chunk_by_image=protocol != "agnostic"), budget,
-            Protocol.parse(protocol), False)
+        Arm(name, POLICIES[name](), CacheConfig(Budget.parse(budget), **cache), budget, Protocol.parse(protocol), False)
         for name, budget in cells
-    ]  # fmt: skip
+    ]
     return {(arm.name, arm.budget): (cache.kept_table(), rows) for arm, cache, rows in runner.run(batch, arms, None)}
 
 
@@ -80,6 +85,52 @@ def test_figures_are_those_of_a_plain_forward_over_context_and_dialogue(runner, 
     assert parts == pytest.approx(row["missing_mass"]["mean"], abs=1e-5)
     share = runner.missing.share
     assert share.sum(-1).mean() == pytest.approx(sum(r["missing_mass"]["mean"] for r in rows) / len(rows), abs=1e-5)
+
+
+def test_long_answers_are_held_against_what_the_full_cache_writes(runner, batch):
+    examples = [
+        replace(e, evicts_answers=True, turns=[replace(turn, max_new_tokens=3) for turn in e.turns])
+        for e in batch.examples
+    ]
+    long = runner.renderer.render(examples)
+    for protocol in ("agnostic", "streaming"):
+        cells = (("full", "100%"), ("knorm", "9999"), ("streaming_llm", "24"))
+        found = {name: rows for (name, _), (_, rows) in run(runner, long, protocol, *cells, evict_every=2).items()}
+        for row in found["full"] + found["knorm"]:
+            assert row["kl_teacher"] == 0 if protocol == "agnostic" else row["kl_teacher"] < 1e-5
+            assert row["top1_agree"] == 1
+        assert [r["prediction"] for r in found["full"]] == [r["prediction"] for r in found["knorm"]]
+        assert max(row["kl_teacher"] for row in found["streaming_llm"]) > 0.01
+        assert all(row["missing_mass"] is None for rows in found.values() for row in rows)
+
+
+@torch.no_grad()
+def test_an_arm_evicts_while_it_reads_what_the_full_cache_wrote(runner, batch):
+    long = runner.renderer.render([
+        replace(e, evicts_answers=True, turns=[replace(e.turns[0], max_new_tokens=6)]) for e in batch.examples
+    ])  # fmt: skip
+    model, tokenizer, config = runner.model, runner.renderer.tokenizer, CacheConfig(Budget.parse("20"), evict_every=2)
+    with evicting(model, POLICIES["full"](), tokenizer=tokenizer) as full:
+        prefill(model, full, long)
+        teacher = Written.of(model, full, long, 0)
+    with evicting(model, POLICIES["streaming_llm"](), config, tokenizer=tokenizer) as cache:
+        prefill(model, cache, long)
+        told, _ = teacher.judge(cache)
+        assert cache.columns == long.inputs["input_ids"].shape[1]
+    for i, example in enumerate(long.examples):  # one context alone, by hand
+        alone, text = runner.renderer.render([example]), teacher.batch.turns[i].answers[0]
+        assert len(text) == 6
+        with evicting(model, POLICIES["streaming_llm"](), config, tokenizer=tokenizer) as cache:
+            prefill(model, cache, alone)
+            fed, logits = long.turns[i].questions[0], []
+            for token in text:
+                ids = torch.tensor([fed])
+                logits.append(next_logits(model, cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
+                fed = [token]
+                assert (cache.kept().float().mean((0, 2)) <= 20 + 1).all()
+        expected = divergence(teacher.logits[0][i], torch.stack(logits))
+        assert told[i][0]["kl_teacher"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert expected > 0.001
 
 
 def test_without_a_teacher_all_of_it_is_missing(runner, batch):

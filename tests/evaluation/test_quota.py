@@ -13,7 +13,7 @@ from retention.gates.dbtrim import DBTrim
 from retention.models.load import load_frozen
 
 TINY = ["task.ask_subset.n_images=4", "task.ask_subset.n_needles=12", "task.ask_subset.n_asked=6", "task.ask_subset.n_turns=2"]  # fmt: skip
-CHANGING = ("policy", "seconds_per_context", "ms", "bytes")
+CHANGING = ("policy", "policy_args", "seconds_per_context", "ms", "bytes")
 SAME = ["examples=2", "batch_size=2", "quota_examples=2", "budgets=[10%,24]"]
 
 

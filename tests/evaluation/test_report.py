@@ -14,12 +14,14 @@ from PIL import Image
 from retention.evaluation.browser import browse
 from retention.evaluation.claims import compare_all
 from retention.evaluation.depth import by_depth
+from retention.evaluation.evidence import recall_curves
 from retention.evaluation.groups import by_group
 from retention.evaluation.looks import Shown
-from retention.evaluation.maps import survival_heatmap
+from retention.evaluation.maps import allocation_heatmap, survival_heatmap
 from retention.evaluation.pareto import pareto_curves, pareto_front
 from retention.evaluation.plots import accuracy_curves, deferred_curve, depth_curve
 from retention.evaluation.report import report_markdown, write_report
+from retention.evaluation.results import Source, write_results
 from retention.evaluation.statistics import summarise
 from retention.evaluation.tables import table_markdown, table_text
 
@@ -64,6 +66,7 @@ def summary(rows: list) -> list[dict[str, Any]]:
 def numbers(picture: Path) -> list[dict[str, str]]:
     with Image.open(picture) as image:
         assert min(image.size) > 150
+    assert picture.with_suffix(".svg").read_text().rstrip().endswith("</svg>")
     with picture.with_suffix(".csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -154,6 +157,8 @@ def test_survival_writes_every_head(tmp_path: Path) -> None:
     assert drawn[0] == {"name": "gates, global", "layer": "0", "head": "0", "kept_fraction": "1.0"}
     with pytest.raises(ValueError, match="layers, heads"):
         survival_heatmap({}, tmp_path / "none.png")
+    drawn = numbers(allocation_heatmap({"gates": np.full((3, 2), 7.5)}, tmp_path / "allocation.png"))
+    assert {(row["name"], row["entries"]) for row in drawn} == {("gates", "7.5")}
 
 
 def test_the_pareto_front_is_what_nothing_beats(summary: list, tmp_path: Path) -> None:
@@ -237,7 +242,30 @@ def test_markdown_has_policies_down_and_budgets_across(summary: list) -> None:
         ["| snapkv", "global"],
         ["| snapkv", "per head"],
     ]
-    assert "of full<br>409 B, peak 4.0 MiB" in lines[4]
+    assert "above chance<br>409 B, peak 4.0 MiB" in lines[4]
+
+
+def test_what_a_full_cache_that_learnt_little_loses_is_not_told(rows: list, tmp_path: Path) -> None:
+    poor = [row | {"score": float(row["turn"] == 0)} if row["policy"] == "full" else row for row in rows]
+    summary = summarise(poor, resamples=20)
+    assert summary[0]["full_accuracy"] == pytest.approx(1 / 3)  # under .55, half the way from .1 to 1
+    text = table_markdown(summary)
+    assert text.count(", n/l above chance<br>") == 7
+    assert text.count("n/l: the full cache does not get half the way") == 2
+    assert page(tmp_path, summary).count(", n/l above chance</small>") == 7
+    assert "n/l" not in table_markdown(summarise(rows, resamples=20))
+
+
+def test_evidence_is_drawn_beside_the_accuracy(rows: list, tmp_path: Path) -> None:
+    held = {"any": 0.5, "mean": 0.2, "weighted": 0.25}
+    known = summarise([row | {"evidence_recall": held} for row in rows], resamples=20)
+    drawn = numbers(recall_curves(known, tmp_path / "recall.png", "needle", protocol=AGNOSTIC))
+    assert {(row["measure"], row["value"]) for row in drawn if row["measure"] != "accuracy"} == {
+        ("evidence_recall_any", "0.5"), ("evidence_recall_weighted", "0.25"),
+    }  # fmt: skip
+    assert len(drawn) == 3 * 6
+    with pytest.raises(ValueError, match="expected summary rows for evidence of 'needle'"):
+        recall_curves(summarise(rows, resamples=20), tmp_path / "none.png", "needle", protocol=AGNOSTIC)
 
 
 def test_text_fits_a_terminal(summary: list) -> None:
@@ -320,3 +348,19 @@ def test_groups_of_two_protocols_are_told_apart(rows: list, summary: list, tmp_p
     text = page(tmp_path, summary, groups=by_group([row | {"groups": {"kind": "plain"}} for row in rows]))
     found = re.findall(r"aria-label=.groups of needle, ([^\"]+)", text)
     assert found == [AGNOSTIC, AWARE]
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_every_task_of_several_has_costs_and_evidence_of_its_own(rows: list, tmp_path: Path) -> None:
+    told = {
+        "bytes": {"full": 2048, "kept": 99, "peak": 2**20, "items": {"keys": 60, "values": 39}},
+        "missing_mass": {"mean": 0.2, "p90": 0.3, "by_layer": [0.1, 0.3]},
+        "evidence_recall": {"any": 0.5, "mean": 0.2},
+    }
+    both = [row | told | {"task": task} for row in rows for task in ("needle", "other")]
+    write_results(tmp_path, both, {"one": MANIFEST}, [Source(tmp_path)])
+    for name in ("bytes", "missing_mass", "recall"):
+        for task in ("needle", "other"):
+            assert len((tmp_path / f"{name}@{task}.csv").read_text().splitlines()) > 3
+            assert (tmp_path / f"{name}@{task}.svg").exists()
+    assert "other: Evidence that is still held" in (tmp_path / "report.html").read_text()

@@ -183,6 +183,19 @@ def test_summary_leaves_missing_numbers_none() -> None:
     assert (gates["full_accuracy"], gates["retention"], gates["retention_high"]) == (0, None, None)
 
 
+def test_retention_above_chance_takes_what_guessing_earns_off_both() -> None:
+    gates = summarise(answers(), resamples=200)[1]
+    assert gates["retention_above_chance"] == pytest.approx((0.625 - 0.1) / 0.9)
+    low, high = gates["retention_above_chance_low"], gates["retention_above_chance_high"]
+    assert low == pytest.approx((gates["retention_low"] - 0.1) / 0.9)  # the full cache is always right
+    assert low <= gates["retention_above_chance"] <= high
+    for score, chance, known in ((0.56, 0.1, True), (0.54, 0.1, False), (1.0, None, False), (1.0, 1.0, False)):
+        rows = [full(score=score, chance=chance), answer(score=0.5, chance=chance)]
+        found = summarise(rows, resamples=50)[1]
+        assert (found["retention_above_chance"] is not None) == known
+        assert found["retention"] == pytest.approx(0.5 / score)
+
+
 def test_summary_falls_back_to_the_full_cache_of_another_protocol() -> None:
     other = full(protocol="agnostic/multi/while_prefilling/original")
     rows = summarise([other, answer(score=0.0)], resamples=50)
