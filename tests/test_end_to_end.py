@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,15 @@ def test_pictures_report_and_manifest_are_written(evaluated):
     assert json.loads(manifest)["over_budget"] == 0
 
 
+def test_the_documentation_names_every_field_of_a_row(evaluated):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    rows = page.split("## Rows")[1].split("## Intervals")[0]
+    documented = {name for cell in re.findall(r"(?m)^\| (`.*?) \|", rows) for name in re.findall(r"`(\w+)`", cell)}
+    folder, _ = evaluated
+    row = json.loads((folder / "examples.jsonl").read_text().splitlines()[0])
+    assert set(row) == documented - {"judge"}
+
+
 def without_times(folder):
     """What a run's summary says, but for how long its answers took."""
     told = json.loads((folder / "summary.json").read_text())
@@ -133,6 +143,7 @@ def without_times(folder):
     return told
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_stopped_evaluation_goes_on_where_it_was(evaluated):
     from retention.config import compose
     from retention.evaluation.run import run
@@ -160,6 +171,7 @@ def test_missing_gates_and_other_settings_are_refused_in_one_sentence(tmp_path, 
         run(compose("eval", [*overrides, "seed=3", f"output_dir={folder}"]))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_heuristics_need_no_gates(tmp_path):
     from retention.config import compose
     from retention.evaluation.run import run
