@@ -171,6 +171,23 @@ def test_missing_gates_and_other_settings_are_refused_in_one_sentence(tmp_path, 
         run(compose("eval", [*overrides, "seed=3", f"output_dir={folder}"]))
 
 
+def test_a_folder_of_other_settings_is_refused_by_the_one_that_differs(tmp_path):
+    from retention.config import compose
+    from retention.evaluation.run import claim
+
+    told = compose("eval", ["gates=null"])
+    claim(tmp_path, told)
+    file = tmp_path / "config.json"
+    before = json.loads(file.read_text())
+    before["task"].pop("recall")  # a preset that came later
+    file.write_text(json.dumps(before))
+    claim(tmp_path, compose("eval", ["gates=null", "tasks=[recall]"]))
+    with pytest.raises(
+        ValueError, match=r"holds results with task.needles.n_turns = 8, this run has 3; choose another"
+    ):
+        claim(tmp_path, compose("eval", ["gates=null", "task.needles.n_turns=3"]))
+
+
 @pytest.mark.usefixtures("unrendered")
 def test_heuristics_need_no_gates(tmp_path):
     from retention.config import compose

@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,27 @@ def claim(folder: Path, config: EvalConfig) -> None:
     file = folder / "config.json"
     settings = json.loads(json.dumps(asdict(config)))
     if file.exists():
-        before = json.loads(file.read_text())
-        for key, value in settings.items():
-            if key not in _GROWING and before.get(key) != value:
-                raise ValueError(
-                    f"{folder} holds results with {key} = {before.get(key)}, this run has {value}; choose another output_dir"
-                )
+        other = next(_differences(json.loads(file.read_text()), settings), None)
+        if other is not None:
+            name, was, now = other
+            raise ValueError(
+                f"{folder} holds results with {name} = {was}, this run has {now}; choose another output_dir"
+            )
     write_json(file, settings)
+
+
+def _differences(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names of settings that differ, with both values; presets that only one side knows changed nothing."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        if before != now:
+            yield ".".join(path), before, now
+        return
+    for key in dict.fromkeys([*before, *now]):
+        growing = (
+            key in _GROWING if not path else path in (("task",), ("policy",)) and not (key in before and key in now)
+        )
+        if not growing:
+            yield from _differences(before.get(key), now.get(key), (*path, key))
 
 
 def _write(folder: Path, config: EvalConfig, session: Session, started: float) -> Result:
