@@ -68,9 +68,15 @@ def _lines(example: Example) -> list[tuple[str, str]]:
     return [(line.encode("ascii", "replace").decode(), colour) for line, colour in told]
 
 
-def procedural(config: EvalConfig) -> dict[str, Task]:
-    """The presets that draw their own contexts."""
-    return {name: task for name, task in config.task.items() if type(task).name not in BENCHMARKS}
+def asked_for(parser: argparse.ArgumentParser, names: list[str]) -> dict[str, Task]:
+    """The presets of these names that draw their own contexts; all of them where none is named."""
+    config = compose("eval")
+    assert isinstance(config, EvalConfig)
+    known = {name: task for name, task in config.task.items() if type(task).name not in BENCHMARKS}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        parser.error(f"expected procedural tasks out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return {name: known[name] for name in names or known}
 
 
 def main(arguments: list[str] | None = None) -> list[Path]:
@@ -82,16 +88,10 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     parser.add_argument("--split", default="test")
     parser.add_argument("--tier", choices=("symbolic", "rendered", "hard"), help="of tasks that have tiers")
     options = parser.parse_args(arguments)
-    config = compose("eval")
-    assert isinstance(config, EvalConfig)
-    known = procedural(config)
-    unknown = sorted(set(options.tasks) - set(known))
-    if unknown:
-        parser.error(f"expected procedural tasks out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    tasks = asked_for(parser, options.tasks)
     options.out.mkdir(parents=True, exist_ok=True)
     files = []
-    for name in options.tasks or known:
-        task = known[name]
+    for name, task in tasks.items():
         if options.tier in getattr(task, "tiers", ()):
             task = replace(task, tier=options.tier)
         files.append(options.out / f"{name}.png")

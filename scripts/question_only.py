@@ -13,11 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from contact_sheets import procedural
+from contact_sheets import asked_for
 
-from retention.config import compose
 from retention.data.example import Turn
-from retention.evaluation.config import EvalConfig
 from retention.tasks import Task
 from retention.tasks.scorers import SCORERS
 
@@ -79,18 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test")
     options = parser.parse_args(arguments)
-    config = compose("eval")
-    assert isinstance(config, EvalConfig)
-    known = procedural(config)
-    unknown = sorted(set(options.tasks) - set(known))
-    if unknown:
-        parser.error(f"expected procedural tasks out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    tasks = asked_for(parser, options.tasks)
     if options.draws < 2:
         parser.error(f"expected --draws of at least 2, half to learn from, got {options.draws}")
     leaks = False
     print(f"{'task':32} {'turns':>7} {'chance':>7} {'solver':>7} {'commonest':>9}")
-    for name in options.tasks or known:
-        found = asked(known[name], draws=options.draws, seed=options.seed, split=options.split)
+    for name, task in tasks.items():
+        found = asked(task, draws=options.draws, seed=options.seed, split=options.split)
         leaks |= found.leaks
         verdict = "  above chance" if found.leaks else ""
         print(

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from retention.data.example import Example, Turn
+from retention.data.example import Turn
 from retention.tasks import boards
 from retention.tasks.context import Context, Ref
 from retention.tasks.filler import filler
@@ -47,14 +47,9 @@ class DeferredRegion(Procedural):
             (self.n_words >= 0, "task.n_words of 0 or more", self.n_words),
         )
 
-    def example(
-        self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
-    ) -> Example:
-        """One context with its turns, in one cluster with the same context asked in the other order."""
-        drawn = super().example(seed, split, index, style=style, n_turns=n_turns)
-        pair = f"{self.name}/{self.n_images}-{self.n_words}w/{self.tier}/{split}/{seed}/{index}"
-        told = {"cluster": pair, "groups": {"order": "first" if self.b_first else "second"}}
-        return replace(drawn, meta=drawn.meta | told)
+    def paired(self) -> str:
+        """What a context shares with the one asked in the other order."""
+        return f"{self.n_images}-{self.n_words}w"
 
     @classmethod
     def further(cls, rows: Sequence[Row]) -> dict[str, float]:
@@ -64,6 +59,7 @@ class DeferredRegion(Procedural):
 
     def draw(self, rng: np.random.Generator, context: Context) -> list[Turn]:
         """The images, then the turn about region B and the one about region A."""
+        context.told["groups"] = {"order": "first" if self.b_first else "second"}
         shown, keys = boards.blank(self.n_images, GRID), key_words(rng, 2 * self.n_images)
         digits = [str(digit) for digit in rng.integers(10, size=len(keys))]
         places = []

@@ -4,12 +4,12 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from retention.data.example import Example, Turn
+from retention.data.example import Turn
 from retention.tasks import boards
 from retention.tasks.context import Context, Ref
 from retention.tasks.further import Row, gap
@@ -44,14 +44,9 @@ class HaystackAnyAll(Procedural):
             (self.n_images >= least, f"task.n_images of at least {least}", self.n_images),
         )
 
-    def example(
-        self, seed: int, split: str, index: int, *, style: str = "symbolic", n_turns: int | None = None
-    ) -> Example:
-        """One context with its turns, in one cluster with the same context's images of anchors alone."""
-        drawn = super().example(seed, split, index, style=style, n_turns=n_turns)
-        pair = f"{self.name}/{self.kind}-{self.n_images}-{self.query_position}/{self.tier}/{split}/{seed}/{index}"
-        told = {"cluster": pair, "groups": {"shown": "anchors" if self.only_anchors else "all"}}
-        return replace(drawn, meta=drawn.meta | told)
+    def paired(self) -> str:
+        """What a context shares with the one of all images or of the anchors' alone."""
+        return f"{self.kind}-{self.n_images}-{self.query_position}"
 
     @classmethod
     def further(cls, rows: Sequence[Row]) -> dict[str, float]:
@@ -61,6 +56,7 @@ class HaystackAnyAll(Procedural):
 
     def draw(self, rng: np.random.Generator, context: Context) -> list[Turn]:
         """The images, then the question; when turns are deferred, another about other shapes in other images."""
+        context.told["groups"] = {"shown": "anchors" if self.only_anchors else "all"}
         marks = [boards.MARKS[int(i)] for i in rng.permutation(len(boards.MARKS))]
         pairs, rest = [(marks[0], marks[1]), (marks[2], marks[3])], marks[4:]
         free = rng.permutation(self.n_images).tolist()

@@ -62,6 +62,13 @@ class Procedural(Task):
     def variant(self) -> str:
         """The settings that ids name."""
 
+    def paired(self) -> str | None:
+        """The settings that a context has in common with the one it is compared with; None where it stands alone.
+
+        Both are one cluster, and a group in what they tell says which is which.
+        """
+        return None
+
     @property
     def n_asked(self) -> int:
         """Scored turns per context."""
@@ -91,12 +98,15 @@ class Procedural(Task):
         segments, later = context.finish()
         dialogue = len(turns) > 1 and not self.independent
         position = "deferred_turn" if dialogue and self.query_position == "after" else self.query_position
+        place = f"{self.tier}/{split}/{seed}/{index}"
+        pair = self.paired()
+        cluster = {} if pair is None else {"cluster": f"{self.name}/{pair}/{place}"}
         return Example(
-            id=f"{self.name}/v{self.version}-{self.variant()}-{self.query_position}/{self.tier}/{split}/{seed}/{index}",
+            id=f"{self.name}/v{self.version}-{self.variant()}-{self.query_position}/{place}",
             segments=segments,
             turns=turns,
             query_position=position,
-            meta=self._meta(context, segments, turns),
+            meta=self._meta(context, segments, turns) | cluster,
             asked_behind=context.asked_behind,
             later=later,
             independent=self.independent,
